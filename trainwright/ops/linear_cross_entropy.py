@@ -1,0 +1,207 @@
+"""Cross entropy of a linear head without ever holding all logits.
+
+Logits of N tokens over V words are N x V numbers: at 4096 x 32k in fp32, 512 MB, held several times over by autograd.
+Here they are made, used for loss *and* gradient, and dropped, chunk by chunk, in the forward pass (the idea of Liger
+Kernel, arXiv 2410.10989). The backward pass only scales what is already there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainwright.base.errors import ModelError
+
+__all__ = ["LossSums", "auto_chunk_tokens", "linear_cross_entropy", "linear_cross_entropy_reference"]
+
+# Bytes of one chunk of logits that "auto" aims at. Large enough that each product with the head is a full-size matrix
+# product and that the fp32 weight gradient is touched rarely; small against the activations of a model with such a
+# vocabulary.
+_CHUNK_BYTES = {"cpu": 32 << 20, "other": 256 << 20}
+
+
+class LossSums(NamedTuple):
+    """Sums over the tokens that count; whoever normalises divides by `count`. All scalars; only `loss_sum` has a
+    gradient.
+
+    loss_sum: what is minimised: cross entropy (with label smoothing) plus the z-loss. fp32 (float64 for float64
+    inputs).
+    count: int64, tokens whose label is not ignored.
+    z_sum: the part of loss_sum that is z-loss.
+    nll_sum: -log p(label), no smoothing, no z-loss: exp(nll_sum / count) is the perplexity.
+    correct: int64, tokens whose label has the highest logit.
+    """
+
+    loss_sum: Tensor
+    count: Tensor
+    z_sum: Tensor
+    nll_sum: Tensor
+    correct: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_tokens: int | None = None,
+    softcap: float | None = None,
+) -> LossSums:
+    """Loss sums of logits = hidden [N, D] @ weight [V, D].T against labels [N] int64; holds `chunk_tokens` x V logits.
+
+    Per counted token: (1 - label_smoothing) * -log p(label) + label_smoothing * mean over words of -log p(word)
+    + z_loss * logsumexp^2 (PaLM, arXiv 2204.02311). softcap c: logits become c * tanh(logits / c) (Gemma 2).
+    chunk_tokens: default `auto_chunk_tokens`. Products run in the autocast dtype if autocast is on, else in the dtype
+    of hidden; softmax statistics are fp32 and the gradient of the weight is summed in fp32. Gradients are made in the
+    forward pass, in memory of hidden and weight; with torch.no_grad() none are. Raises ModelError when the shapes do
+    not fit.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ModelError(
+            f"linear_cross_entropy got hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
+            f"labels {tuple(labels.shape)}",
+            hint="hidden is [tokens, width], weight [vocabulary, width], labels [tokens]",
+        )
+    device_type = hidden.device.type
+    compute = hidden.dtype
+    if torch.is_autocast_enabled(device_type) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(device_type)
+    if chunk_tokens is None:
+        chunk_tokens = auto_chunk_tokens(hidden.shape[0], weight.shape[0], compute, device_type)
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    options = _Options(ignore_index, label_smoothing, z_loss, chunk_tokens, softcap, compute)
+    if not needs_grad:
+        sums, _, _ = _forward(hidden, weight, labels, options, grad_hidden=False, grad_weight=False)
+        return sums
+    return LossSums(*_LinearCrossEntropy.apply(hidden, weight, labels, options))
+
+
+def auto_chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device_type: str) -> int:
+    """Tokens of a chunk: as many as give 32 MiB of logits on CPU (256 MiB elsewhere), in equal chunks, multiples of 64."""
+    budget = _CHUNK_BYTES["cpu" if device_type == "cpu" else "other"]
+    most = max(64, budget // (vocabulary * dtype.itemsize))
+    chunks = max(1, -(-tokens // most))
+    return max(1, min(tokens, -(-tokens // chunks + 63) // 64 * 64))
+
+
+class _Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    chunk_tokens: int
+    softcap: float | None
+    compute: torch.dtype
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options
+    ) -> tuple[Tensor, ...]:
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        sums, grad_hidden, grad_weight = _forward(
+            hidden, weight, labels, options, grad_hidden=want_hidden, grad_weight=want_weight
+        )
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad_loss).to(hidden_dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options, *, grad_hidden: bool, grad_weight: bool
+) -> tuple[LossSums, Tensor | None, Tensor | None]:
+    """Loss sums and, where asked, gradients of loss_sum in hidden (compute dtype) and weight (fp32)."""
+    wide = torch.promote_types(options.compute, torch.float32)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        narrow, head = hidden.to(options.compute), weight.to(options.compute)
+        hidden_grad = torch.empty_like(narrow) if grad_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if grad_weight else None
+        totals = None
+        for start in range(0, hidden.shape[0], options.chunk_tokens):
+            inside = slice(start, start + options.chunk_tokens)
+            chunk = narrow[inside]
+            sums, logits_grad = _chunk(chunk @ head.t(), labels[inside], options, grad_hidden or grad_weight)
+            totals = sums if totals is None else tuple(a + b for a, b in zip(totals, sums, strict=True))
+            if hidden_grad is not None:
+                torch.mm(logits_grad, head, out=hidden_grad[inside])
+            if weight_grad is not None:
+                weight_grad += logits_grad.t() @ chunk
+        if totals is None:
+            zero, none = torch.zeros((), dtype=wide, device=hidden.device), labels.new_zeros(())
+            totals = (zero, none, zero.clone(), zero.clone(), none.clone())
+    return LossSums(*totals), hidden_grad, weight_grad
+
+
+def _chunk(raw: Tensor, labels: Tensor, options: _Options, with_grad: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Sums of one chunk of logits [tokens, V], and the gradient of its loss in them (same dtype), if wanted."""
+    _, smoothing, z_loss, _, softcap, compute = options
+    logits = raw.to(torch.promote_types(compute, torch.float32))
+    slope = None
+    if softcap is not None:
+        squashed = torch.tanh(logits / softcap)
+        logits, slope = squashed * softcap, 1 - squashed.square()
+    counted = labels != options.ignore_index
+    targets = torch.where(counted, labels, 0)
+    counts = counted.to(logits.dtype)
+    highest = logits.amax(-1)
+    logsumexp = highest + (logits - highest[:, None]).exp().sum(-1).log()
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    nll = logsumexp - chosen
+    loss = nll if not smoothing else (1 - smoothing) * nll + smoothing * (logsumexp - logits.mean(-1))
+    z = z_loss * logsumexp.square()
+    right = ((chosen >= highest) & counted).sum()
+    sums = (((loss + z) * counts).sum(), counted.sum(), (z * counts).sum(), (nll * counts).sum(), right)
+    if not with_grad:
+        return sums, raw
+    softmax_weight = counts * (1 + 2 * z_loss * logsumexp)
+    grad = (logits - logsumexp[:, None]).exp() * softmax_weight[:, None]
+    if smoothing:
+        grad = grad - (smoothing / logits.shape[1]) * counts[:, None]
+    words = torch.arange(logits.shape[1], device=labels.device)
+    grad = grad - torch.where(words == targets[:, None], (1 - smoothing) * counts[:, None], 0.0)
+    return sums, (grad if slope is None else grad * slope).to(raw.dtype)
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_tokens: int | None = None,
+    softcap: float | None = None,
+) -> LossSums:
+    """The same by torch's own cross_entropy over all logits, in at least fp32, with autograd doing the gradient."""
+    del chunk_tokens
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.to(wide) @ weight.to(wide).t()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        counted = labels != ignore_index
+        smooth = F.cross_entropy(
+            logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+        )
+        nll = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+        z_sum = z_loss * (torch.logsumexp(logits, -1).square() * counted).sum()
+        correct = ((logits.argmax(-1) == labels) & counted).sum()
+    return LossSums(smooth + z_sum, counted.sum(), z_sum.detach(), nll.detach(), correct)
