@@ -1,0 +1,70 @@
+"""The attention that every family calls: the fast operator, or a plain one where probabilities are dropped out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainwright.models.cache import LayerCache
+from trainwright.ops.attention import attention
+
+__all__ = ["attend"]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    document_ids: Tensor | None,
+    key_mask: Tensor | None,
+    cache: LayerCache | None,
+    window: int | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention of q [B, T, Hq, D] over k, v [B, T, Hkv, D] and what the cache holds; returns [B, T, Hq, D].
+
+    document_ids [B, T] restricts each token to its own document; key_mask [B, S] (True = real token) hides padding.
+    dropout is the probability of dropping an attention weight; above zero it costs a [B, Hq, T, T] matrix.
+    """
+    if cache is not None:
+        k, v = cache.update(k, v)
+        if key_mask is not None:
+            key_mask = key_mask[:, -k.shape[1] :]
+    if dropout > 0.0:
+        return _attention_with_dropout(q, k, v, document_ids, key_mask, window, scale, dropout)
+    return attention(q, k, v, document_ids=document_ids, window=window, scale=scale, key_mask=key_mask)
+
+
+def _attention_with_dropout(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_ids: Tensor | None,
+    key_mask: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    query_index = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
+    key_index = torch.arange(k.shape[1], device=q.device)[None, :]
+    allowed = key_index <= query_index
+    if window is not None:
+        allowed = allowed & (key_index > query_index - window)
+    allowed = allowed[None, None]
+    if document_ids is not None:
+        allowed = allowed & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    if key_mask is not None:
+        allowed = allowed & (key_mask[:, None, None, :] | (key_index == query_index))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=allowed,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)

@@ -1,0 +1,97 @@
+"""What every decoder-only family offers to the trainer and the generator, whatever its blocks are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainwright.models.cache import KVCache
+
+__all__ = ["Decoder"]
+
+
+class Decoder(nn.Module, ABC):
+    """A causal language model: token ids in, next-token logits out."""
+
+    config: Any
+    lm_head: nn.Linear
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The repeated layers, in order; each may be compiled, checkpointed or sharded on its own."""
+
+    @property
+    @abstractmethod
+    def embedding(self) -> nn.Embedding:
+        """The token embedding [V, D]."""
+
+    @abstractmethod
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The trunk's output after the final norm, [B, T, D]."""
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection [V, D], so that a loss can be computed without holding all logits."""
+        return self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] of input_ids [B, T].
+
+        position_ids [B, T]: default counts on from what the cache holds. document_ids [B, T]: a token attends only
+        inside its own document (packed rows). cache: appended to, then attended to. key_mask [B, S]: True where a key,
+        cached or new, is a real token.
+        """
+        hidden = self.hidden_states(
+            input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache, key_mask=key_mask
+        )
+        return F.linear(hidden, self.head_weight)
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter where the configuration says so. Call again after replacing either."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+
+    def layer_windows(self) -> Sequence[int | None]:
+        """Per layer, the sliding window in tokens, or None where a token sees everything before it."""
+        return [None] * self.config.num_layers
+
+    def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty key/value cache for `batch` rows of up to `capacity` tokens, on the model's device.
+
+        dtype: default is what attention computes in, the autocast dtype where autocast is on.
+        """
+        device = self.embedding.weight.device
+        if dtype is None and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        dtype = dtype or self.embedding.weight.dtype
+        return KVCache(
+            self.layer_windows(),
+            batch=batch,
+            capacity=capacity,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            dtype=dtype,
+            device=device,
+        )

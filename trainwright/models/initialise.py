@@ -1,0 +1,53 @@
+"""Initial weights: each parameter drawn from a generator of its own, so that layout and order cannot change them.
+
+Matrices and embeddings are normal with `initializer_range`; projections that write into the residual stream are scaled
+by 1 / sqrt(2 * layers), so that its variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3);
+biases are zero and norms are one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainwright.base.seeds import derive_seed
+from trainwright.models.decoder import Decoder
+
+__all__ = ["initial_value", "initialise", "materialize"]
+
+_RESIDUAL_WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attn.c_proj.weight", "mlp.c_proj.weight")
+
+
+def initial_value(name: str, shape: Sequence[int], config: Any, seed: int) -> Tensor:
+    """The whole fp32 CPU tensor that parameter `name` starts from: a pure function of its arguments.
+
+    Drawn on the CPU whatever the device, so that a run on a GPU starts from the same weights.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(tuple(shape))
+    if len(shape) == 1:
+        return torch.ones(tuple(shape))
+    std = config.initializer_range
+    if name.endswith(_RESIDUAL_WRITERS):
+        std /= math.sqrt(2 * config.num_layers)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int) -> None:
+    """Fill every parameter of a model that has storage, in place. Tied parameters count once, by their first name."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+
+
+def materialize(model: Decoder, device: torch.device | str, seed: int) -> Decoder:
+    """Give a model built with device="meta" its storage on `device` and its initial weights; returns the same model."""
+    model.to_empty(device=device)
+    model.tie_weights()
+    initialise(model, seed)
+    return model

@@ -1,0 +1,118 @@
+"""The one table from names to families: configuration classes, modules, presets and plans."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainwright.base.errors import ModelError
+from trainwright.models.decoder import Decoder
+from trainwright.models.initialise import materialize
+from trainwright.models.llama.config import ARCHITECTURES, LlamaConfig
+from trainwright.models.llama.model import LlamaForCausalLM
+from trainwright.models.llama.presets import LLAMA_PRESETS
+
+__all__ = ["FAMILIES", "Family", "ModelConfig", "build_model", "config_from_dict", "family_of", "preset", "presets"]
+
+ModelConfig = LlamaConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything the house needs to know of one model family."""
+
+    name: str
+    model_types: tuple[str, ...]
+    config_class: type[Any]
+    model_class: Callable[[Any], Decoder]
+    presets: Mapping[str, Any]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", ARCHITECTURES, LlamaConfig, LlamaForCausalLM, LLAMA_PRESETS),
+}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family of a configuration."""
+    return FAMILIES[config.family]
+
+
+def presets() -> dict[str, ModelConfig]:
+    """Every named size, smallest family members first."""
+    return {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
+
+
+def preset(name: str, **overrides: Any) -> ModelConfig:
+    """A named size with some fields replaced, e.g. `preset("llama-34m", vocab_size=512)`.
+
+    Raises:
+        ModelError: no such preset or field (with the nearest names), or values that do not fit together.
+    """
+    known = presets()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        raise ModelError(
+            f"no preset is called {name!r}",
+            hint=f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}",
+        )
+    return replace(known[name], **overrides)
+
+
+def replace(config: ModelConfig, **overrides: Any) -> ModelConfig:
+    """A copy of `config` with fields replaced; ModelError for a field it does not have."""
+    fields = [field.name for field in dataclasses.fields(config)]
+    for key in overrides:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            raise ModelError(
+                f"a {config.family} model has no field {key!r}",
+                hint=f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(fields)}",
+            )
+    return dataclasses.replace(config, **overrides)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
+    """A configuration from a parsed Hugging Face `config.json`.
+
+    Raises:
+        ModelError: the architecture is unknown, asks for a feature that is not supported, or brings its own code.
+    """
+    model_type = values.get("model_type")
+    if values.get("auto_map"):
+        raise ModelError(
+            f"model_type {model_type!r} brings its own Python code (auto_map: {values['auto_map']}); it is never run",
+            hint="convert the model to a standard architecture with transformers first",
+        )
+    if values.get("quantization_config"):
+        method = dict(values["quantization_config"]).get("quant_method", "unknown")
+        raise ModelError(
+            f"the weights are quantised ({method}), which is not supported", hint="use the unquantised model"
+        )
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            config: ModelConfig = family.config_class.from_hf(dict(values))
+            return config
+    known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
+    raise ModelError(f"unknown architecture: model_type={model_type!r}", hint=f"known: {known}")
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Decoder:
+    """A model with initial weights, in training mode. device="meta" gives shapes only: see `materialize`.
+
+    The weights are a pure function of (config, seed): device, layout and call order do not change them.
+    """
+    with torch.device("meta"):
+        model = family_of(config).model_class(config).to(dtype)
+    return model if torch.device(device).type == "meta" else materialize(model, device, seed)
