@@ -1,0 +1,29 @@
+"""Optimizers, parameter groups by ordered rules, clipping, weight averaging, schedules and the loss-spike guard."""
+
+from __future__ import annotations
+
+from trainwright.optim.build import build_optimizer
+from trainwright.optim.clip import clip_factor, clip_gradients, gradient_norm
+from trainwright.optim.ema import EMA
+from trainwright.optim.groups import GroupSummary, describe_groups
+from trainwright.optim.optimizer import GroupedOptimizer
+from trainwright.optim.options import OptimizerOptions, Rule
+from trainwright.optim.schedules import build_schedule
+from trainwright.optim.spike import Decision, SpikeGuard, SpikeOptions
+
+__all__ = [
+    "EMA",
+    "Decision",
+    "GroupSummary",
+    "GroupedOptimizer",
+    "OptimizerOptions",
+    "Rule",
+    "SpikeGuard",
+    "SpikeOptions",
+    "build_optimizer",
+    "build_schedule",
+    "clip_factor",
+    "clip_gradients",
+    "describe_groups",
+    "gradient_norm",
+]

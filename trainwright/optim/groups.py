@@ -1,0 +1,130 @@
+"""Which parameter gets which learning rate, weight decay and algorithm: ordered rules over names, first match wins."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainwright.base.errors import ConfigError
+from trainwright.optim.options import OptimizerOptions, Rule
+
+__all__ = ["GroupSummary", "describe_groups", "first_match", "make_groups"]
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """One parameter group as people read it. `elements` counts numbers, `tensors` counts parameters."""
+
+    algorithm: str
+    lr: float
+    weight_decay: float
+    tensors: int
+    elements: int
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else "")
+        return (
+            f"{self.algorithm}: {self.elements:,} parameters in {self.tensors} tensors, lr {self.lr:g}, "
+            f"weight decay {self.weight_decay:g} ({shown})"
+        )
+
+
+def first_match(rules: Sequence[Rule], name: str) -> Rule | None:
+    """The first rule whose pattern is found in `name`, or None."""
+    return next((rule for rule in rules if re.search(rule.pattern, name)), None)
+
+
+def make_groups(named_parameters: Iterable[tuple[str, Tensor]], options: OptimizerOptions) -> list[dict[str, Any]]:
+    """Parameter groups for the optimizer, in order of first appearance; tied parameters count once, by the first name.
+
+    Parameters of frozen rules get `requires_grad = False` and, like those already without gradient, no group.
+    Raises ConfigError when a rule matches no name (naming near ones) or when nothing is left to train.
+    """
+    names_of: dict[Tensor, list[str]] = {}
+    for name, parameter in named_parameters:
+        names_of.setdefault(parameter, []).append(name)
+    # A rule may speak of a tied parameter by any of its names.
+    _refuse_idle_rules(options.rules, [name for names in names_of.values() for name in names])
+
+    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+    for parameter, names in names_of.items():
+        rule = next((found for name in names if (found := first_match(options.rules, name))), None)
+        if rule is not None and rule.freeze:
+            parameter.requires_grad_(False)
+        if not parameter.requires_grad:
+            continue
+        lr_scale = rule.lr_scale if rule is not None and rule.lr_scale is not None else 1.0
+        decay = rule.weight_decay if rule is not None and rule.weight_decay is not None else None
+        if decay is None:
+            decay = options.weight_decay if _decays(parameter, names, options) else 0.0
+        algorithm = _algorithm_for(parameter, names, options)
+        group = groups.setdefault(
+            (algorithm, lr_scale, decay),
+            {"params": [], "algorithm": algorithm, "lr": options.lr * lr_scale, "weight_decay": decay},
+        )
+        group["params"].append((names[0], parameter))
+    if not groups:
+        raise ConfigError(
+            "there is no parameter to train: every one is frozen", hint="remove a freeze rule or unfreeze the model"
+        )
+    return list(groups.values())
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> list[GroupSummary]:
+    """What each parameter group of an optimizer of `build_optimizer` holds, for printing."""
+    return [
+        GroupSummary(
+            algorithm=group["algorithm"],
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            tensors=len(group["params"]),
+            elements=sum(parameter.numel() for parameter in group["params"]),
+            names=tuple(group["param_names"]),
+        )
+        for group in optimizer.param_groups
+    ]
+
+
+def _decays(parameter: Tensor, names: Sequence[str], options: OptimizerOptions) -> bool:
+    # Norm weights and biases are vectors; pulling them or an embedding row towards zero has no use (as nanoGPT).
+    return parameter.ndim > 1 and not _any_match(options.no_decay, names)
+
+
+def _algorithm_for(parameter: Tensor, names: Sequence[str], options: OptimizerOptions) -> str:
+    if options.name != "muon":
+        return options.name
+    is_hidden_matrix = parameter.ndim in (2, 3) and not _any_match(options.adamw_only, names)
+    return "muon" if is_hidden_matrix else "adamw"
+
+
+def _any_match(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+
+def _refuse_idle_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
+    idle = [rule.pattern for rule in rules if not any(re.search(rule.pattern, name) for name in names)]
+    if not idle:
+        return
+    near: list[str] = []
+    for pattern in idle:
+        plain = re.sub(r"[\\^$*+?()\[\]{}|]", "", pattern)
+        tails = {part: name for name in names for part in (name, *_suffixes(name))}
+        close = difflib.get_close_matches(plain, list(tails), n=3, cutoff=0.5)
+        near += [tails[part] for part in close]
+    shown = list(dict.fromkeys(near)) or list(names[:3])
+    raise ConfigError(
+        f"optimizer rule {', '.join(map(repr, idle))} matches none of the {len(names)} parameter names",
+        hint=f"near names: {', '.join(shown)}",
+    )
+
+
+def _suffixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:stop]) for start in range(len(parts)) for stop in range(start + 1, len(parts) + 1)]

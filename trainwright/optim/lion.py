@@ -1,0 +1,39 @@
+"""Lion (2302.06675): the sign of an interpolated momentum. Half of AdamW's state.
+
+The paper's advice: 3-10 times smaller learning rate than AdamW's, and 3-10 times larger weight decay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainwright.optim.optimizer import Algorithm, ParameterState
+
+__all__ = ["LION"]
+
+
+def _init(parameter: Tensor, group: dict[str, Any]) -> ParameterState:
+    return {"exp_avg": torch.zeros_like(parameter)}
+
+
+def _update(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[ParameterState],
+    gradient_factor: Tensor | None,
+) -> None:
+    beta1, beta2 = group["betas"]
+    averages = [state["exp_avg"] for state in states]
+    directions = torch._foreach_lerp(averages, grads, 1 - beta1)
+    torch._foreach_sign_(directions)
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(params, directions, alpha=-group["lr"])
+    torch._foreach_lerp_(averages, grads, 1 - beta2)
+
+
+LION = Algorithm(init=_init, update=_update)

@@ -1,0 +1,122 @@
+"""What an optimizer is asked to be: plain frozen values, checked on construction, no torch objects inside."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from trainwright.base.errors import ConfigError
+
+__all__ = ["NAMES", "OptimizerOptions", "Rule"]
+
+NAMES = ("adamw", "sgd", "adafactor", "lion", "muon")
+
+# AdamW's beta2 = 0.95 is the usual choice for language models since GPT-3 (2005.14165); Lion's are its paper's.
+DEFAULT_BETAS = {"adamw": (0.9, 0.95), "muon": (0.9, 0.95), "lion": (0.9, 0.99)}
+DEFAULT_MOMENTUM = {"sgd": 0.9, "muon": 0.95}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Treats the parameters whose name the regular expression `pattern` finds (`re.search`) differently.
+
+    Args:
+        pattern: regular expression over full parameter names, such as `r"\\.layers\\.[0-3]\\."`.
+        lr_scale: multiplies the learning rate of these parameters; None keeps it.
+        weight_decay: replaces the weight decay, also where the default is no decay; None keeps it.
+        freeze: these parameters are not trained at all.
+    """
+
+    pattern: str
+    lr_scale: float | None = None
+    weight_decay: float | None = None
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"optimizer rule {self.pattern!r} is not a regular expression: {error}",
+                hint=r"write a dot of a name as '\.', and quote the pattern",
+            ) from None
+        _require(self.lr_scale is None or self.lr_scale >= 0, "lr_scale", self.lr_scale, "at least 0")
+        _require(self.weight_decay is None or self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """One optimizer for all parameters.
+
+    Args:
+        name: adamw, sgd, adafactor, lion or muon (muon trains embeddings, head and vectors with AdamW).
+        lr: peak learning rate; a schedule multiplies it.
+        betas: decay of the first and second average (adamw, muon's AdamW part) or Lion's two; None = the usual ones.
+        eps: added to AdamW's denominator.
+        momentum: of sgd (None = 0.9) and muon (None = 0.95).
+        nesterov: look one step ahead of the momentum (sgd, muon); None = off for sgd, on for muon.
+        weight_decay: decoupled (1711.05101), times the learning rate; for sgd the classic L2 term in the gradient.
+        rules: ordered; the first whose pattern matches a name decides; one that matches nothing is refused.
+        no_decay: names that do not decay beside all vectors (norms, biases): the embeddings of the shipped families.
+        adamw_only: muon leaves these matrices to AdamW: embeddings and output heads (Keller Jordan's rule).
+        lr_adjust: muon's update size: `match_rms_adamw` gives updates the size of AdamW's, so one lr fits both (2502.16982);
+            `original` is Keller Jordan's sqrt(max(1, rows/columns)), for lr near 0.02.
+        newton_schulz_steps: iterations of muon's orthogonalisation.
+        newton_schulz_dtype: `bfloat16`, `float32` or `auto` (bfloat16 on CUDA, float32 elsewhere).
+        beta2_decay: adafactor's beta2 of step t is 1 - t ** this.
+        update_clip: adafactor's updates are scaled down to this root mean square (`d` in 1804.04235).
+        fused: use torch's fused kernels where the device has them.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] | None = None
+    eps: float = 1e-8
+    momentum: float | None = None
+    nesterov: bool | None = None
+    weight_decay: float = 0.1
+    rules: tuple[Rule, ...] = ()
+    no_decay: tuple[str, ...] = (r"(^|\.)(embed_tokens|wte|wpe)(\.|$)",)
+    adamw_only: tuple[str, ...] = (r"(^|\.)(embed_tokens|wte|wpe|lm_head|score|classifier|embeddings?)(\.|$)",)
+    lr_adjust: str = "match_rms_adamw"
+    newton_schulz_steps: int = 5
+    newton_schulz_dtype: str = "auto"
+    beta2_decay: float = -0.8
+    update_clip: float = 1.0
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ConfigError(f"unknown optimizer {self.name!r}", hint=f"choose one of {', '.join(NAMES)}")
+        _require(math.isfinite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number of at least 0")
+        _require(self.eps >= 0, "eps", self.eps, "at least 0")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        for beta in self.betas or ():
+            _require(0 <= beta < 1, "betas", self.betas, "two numbers of at least 0 and below 1")
+        _require(self.momentum is None or 0 <= self.momentum < 1, "momentum", self.momentum, "at least 0, below 1")
+        _require(self.beta2_decay <= 0, "beta2_decay", self.beta2_decay, "at most 0")
+        _require(self.update_clip >= 1, "update_clip", self.update_clip, "at least 1")
+        _require(1 <= self.newton_schulz_steps < 100, "newton_schulz_steps", self.newton_schulz_steps, "1 to 99")
+        _choose("lr_adjust", self.lr_adjust, ("match_rms_adamw", "original"))
+        _choose("newton_schulz_dtype", self.newton_schulz_dtype, ("auto", "bfloat16", "float32"))
+        if self.nesterov and self.name == "sgd" and self.resolved_momentum == 0:
+            raise ConfigError("optimizer sgd: nesterov needs momentum above 0", hint="set momentum=0.9")
+
+    @property
+    def resolved_betas(self) -> tuple[float, float]:
+        return self.betas if self.betas is not None else DEFAULT_BETAS.get(self.name, (0.9, 0.95))
+
+    @property
+    def resolved_momentum(self) -> float:
+        return self.momentum if self.momentum is not None else DEFAULT_MOMENTUM.get(self.name, 0.0)
+
+
+def _require(holds: bool, key: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"optimizer option {key} is {value!r}, expected {expected}")
+
+
+def _choose(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"optimizer option {key} is {value!r}", hint=f"choose one of {', '.join(choices)}")
