@@ -1,0 +1,205 @@
+"""`data`: which texts, how they become tokens, and how tokens become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Discriminator, Tag
+
+from trainwright.base.units import Count
+from trainwright.config.fields import Auto, Name, Real, Truth, Unit, Whole, Words
+from trainwright.config.section import Section, variant_tag
+
+__all__ = [
+    "TOKENIZERS",
+    "DataSection",
+    "SourceSection",
+    "TokenizerFromFolder",
+    "TokenizerFromHub",
+    "TrainBPE",
+    "TrainCharacters",
+    "ValidationFraction",
+    "ValidationSources",
+    "list_sources",
+]
+
+
+class SourceSection(Section):
+    """One source of text in a mixture."""
+
+    source: Annotated[str, Name(what_it_is="a path, glob, folder, URL, hf://owner/name or python-stdlib")]
+    """Where the text is: a file, glob or folder, any fsspec URL, hf://owner/name[:split], or python-stdlib."""
+    weight: Annotated[float | None, Real((None,), above=0)] = None
+    """Share of this source in the mixture, relative to the others; null takes every document once."""
+    text_field: Annotated[str | None, Name((None,), what_it_is="the name of a field")] = None
+    """Field or column that holds the text, for this source; null is data.text_field."""
+    name: Annotated[str | None, Name((None,))] = None
+    """What this source is called in counts and tables; null is the source itself."""
+
+
+def list_sources(value: Any) -> Any:
+    """The short forms `source: a` and `source: [a, {source: b}]` as a list of sections."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [{"source": item} if isinstance(item, str) else item for item in items]
+
+
+Sources: TypeAlias = Annotated[tuple[SourceSection, ...], BeforeValidator(list_sources)]
+
+
+class ValidationFraction(Section):
+    """Hold out a share of the documents."""
+
+    fraction: Annotated[float, Real(above=0, below=1)]
+    """Share of the documents that is held out, chosen by a hash of each document."""
+
+
+class ValidationSources(Section):
+    """Validate on other sources."""
+
+    source: Sources
+    """Texts to validate on, written as data.source."""
+
+
+class _Train(Section):
+    elsewhere: ClassVar[dict[str, str]] = {
+        "path": "tokenizer: {path: ...}, which loads one and trains none",
+        "hf": "tokenizer: {hf: ...}, which loads one and trains none",
+        "vocab_size": "train: bpe (a character tokenizer has every character of the corpus)",
+        "min_frequency": "train: bpe",
+    }
+
+
+class TrainBPE(_Train):
+    """Train a byte-level BPE tokenizer on the training text."""
+
+    train: Annotated[Literal["bpe"], Words(("bpe",))]
+    """bpe: byte-level byte-pair encoding, which can write every text; char: one token per character."""
+    vocab_size: Annotated[Count, Unit((), Count, minimum=257)] = Count(8192)
+    """Tokens of the vocabulary, special tokens included; at least 256 bytes and the end of text."""
+    min_frequency: Annotated[int, Whole(minimum=1)] = 2
+    """Pairs seen fewer times are not merged."""
+
+
+class TrainCharacters(_Train):
+    """One token per character of the corpus."""
+
+    train: Annotated[Literal["char"], Words(("char",))]
+    """bpe: byte-level byte-pair encoding, which can write every text; char: one token per character."""
+
+
+class TokenizerFromFolder(Section):
+    """A tokenizer on disk."""
+
+    path: Annotated[str, Name(what_it_is="a folder or a tokenizer file")]
+    """A folder with tokenizer.json, the file itself, or a sentencepiece .model file."""
+    elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("train", "hf", "vocab_size", "min_frequency"), "a tokenizer that is trained or named"
+    )
+
+
+class TokenizerFromHub(Section):
+    """A tokenizer of the Hugging Face hub."""
+
+    hf: Annotated[str, Name(what_it_is="owner/name", pattern=r"[\w.-]+(/[\w.-]+)?")]
+    """The name of a model on the Hugging Face hub whose tokenizer is taken, owner/name."""
+    elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("train", "path", "vocab_size", "min_frequency"), "a tokenizer that is trained or loaded"
+    )
+
+
+TOKENIZERS: dict[str, type[Section]] = {
+    "bpe": TrainBPE,
+    "char": TrainCharacters,
+    "path": TokenizerFromFolder,
+    "hf": TokenizerFromHub,
+}
+
+
+def _tokenizer(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        given = [key for key in ("train", "path", "hf") if value.get(key) is not None]
+        if len(given) != 1:
+            return None
+        kind = value["train"] if given == ["train"] else given[0]
+        return variant_tag(kind) if kind in ("bpe", "char", "path", "hf") else None
+    if isinstance(value, str):
+        return "<word>"
+    return next((variant_tag(key) for key, cls in TOKENIZERS.items() if isinstance(value, cls)), None)
+
+
+def _validation(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<word>"
+    if isinstance(value, Mapping):
+        given = [key for key in ("fraction", "source") if value.get(key) is not None]
+        return variant_tag(given[0]) if len(given) == 1 else None
+    if isinstance(value, ValidationFraction):
+        return "<fraction>"
+    return "<source>" if isinstance(value, ValidationSources) else None
+
+
+Tokenizer: TypeAlias = Annotated[
+    Annotated[Auto, Words(("auto",)), Tag("<word>")]
+    | Annotated[TrainBPE, Tag("<bpe>")]
+    | Annotated[TrainCharacters, Tag("<char>")]
+    | Annotated[TokenizerFromFolder, Tag("<path>")]
+    | Annotated[TokenizerFromHub, Tag("<hf>")],
+    Discriminator(
+        _tokenizer,
+        custom_error_type="expected",
+        custom_error_message="expected {expected}",
+        custom_error_context={
+            "expected": "auto, {train: bpe, vocab_size: 8192}, {train: char}, {path: ...} or {hf: owner/name}",
+            "hint": "",
+        },
+    ),
+]
+
+Validation: TypeAlias = Annotated[
+    Annotated[Literal["auto", "none"], Words(("auto", "none")), Tag("<word>")]
+    | Annotated[ValidationFraction, Tag("<fraction>")]
+    | Annotated[ValidationSources, Tag("<source>")],
+    Discriminator(
+        _validation,
+        custom_error_type="expected",
+        custom_error_message="expected {expected}",
+        custom_error_context={"expected": "auto, none, {fraction: 0.02} or {source: ...}", "hint": ""},
+    ),
+]
+
+
+class DataSection(Section):
+    """Which texts, how they become tokens, and how tokens become rows."""
+
+    source: Sources
+    """The training text: one source, or a list of sources as a mixture."""
+    validation: Validation = "auto"
+    """What the loss is checked on: a held-out part of the source, other sources, or none."""
+    tokenizer: Tokenizer = "auto"
+    """Load or train a tokenizer; auto takes the model's own, or trains byte-level BPE of 8192 tokens."""
+    sequence_length: Annotated[int, Whole(minimum=2)] = 512
+    """Tokens of a row."""
+    packing: Annotated[Literal["concat", "best_fit", "pad"], Words(("concat", "best_fit", "pad"))] = "concat"
+    """concat cuts one long stream; best_fit fills rows with whole documents; pad gives each document its own row."""
+    document_mask: Annotated[bool | Auto, Truth(("auto",))] = "auto"
+    """Documents that share a row do not see each other; auto is true unless packing is concat."""
+    append_eos: Annotated[bool | Auto, Truth(("auto",))] = "auto"
+    """End every document with the end-of-text token; auto is true unless the tokenizer is trained on characters."""
+    text_field: Annotated[str, Name(what_it_is="the name of a field")] = "text"
+    """Field or column of jsonl, csv, parquet and arrow sources that holds the text."""
+    on_error: Annotated[Literal["stop", "skip"], Words(("stop", "skip"))] = "stop"
+    """A document that cannot be read stops the build, or is skipped, counted and named."""
+    workers: Annotated[int | Auto, Whole(("auto",), minimum=1)] = "auto"
+    """Processes that tokenize; auto is the CPU cores this process may use. The result does not depend on it."""
+    cache: Annotated[str, Name(what_it_is="a folder")] = ".trainwright/data"
+    """Folder of built token files, reused by every run with the same text, tokenizer and rows."""
+
+    def problems(self) -> Any:
+        if not self.source:
+            yield "source", "at least one source"
+        if self.packing == "pad" and self.document_mask is True:
+            yield "document_mask", "auto or false: with packing pad no two documents share a row"
+        weighted = [source for source in self.source if source.weight is not None]
+        if weighted and len(weighted) != len(self.source):
+            yield "source", "a weight for every source or for none"

@@ -1,0 +1,279 @@
+"""`optim`: the optimizer, its schedule, and rules for groups of parameters. Each optimizer has only its own keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Discriminator, Tag
+
+from trainwright.base.units import Duration
+from trainwright.config.fields import Auto, Fraction, Listed, Pattern, Real, Truth, Unit, Whole, Words
+from trainwright.config.section import Section, variant_tag
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "CyclicalSchedule",
+    "InverseSqrtSchedule",
+    "LinearSchedule",
+    "Lion",
+    "Muon",
+    "OneCycleSchedule",
+    "OptimSection",
+    "ParameterRule",
+    "PolynomialSchedule",
+    "ScheduleSection",
+    "WSDSchedule",
+]
+
+ScheduleName = Literal["constant", "linear", "cosine", "wsd", "one_cycle", "cyclical", "inverse_sqrt", "polynomial"]
+SCHEDULE_NAMES: tuple[str, ...] = (
+    "constant",
+    "linear",
+    "cosine",
+    "wsd",
+    "one_cycle",
+    "cyclical",
+    "inverse_sqrt",
+    "polynomial",
+)
+OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
+OPTIMIZER_NAMES: tuple[str, ...] = ("adamw", "sgd", "adafactor", "lion", "muon")
+
+
+class _Schedule(Section):
+    """The learning rate over the run, as a multiplier of optim.lr."""
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        "min_ratio": "schedules that fall: linear, cosine, wsd, one_cycle, cyclical, polynomial",
+        "decay": "name: wsd",
+        "power": "name: polynomial",
+        "cycles": "name: cosine (with restarts)",
+        "cycle_steps": "name: cyclical",
+    }
+
+    name: Annotated[ScheduleName, Words(SCHEDULE_NAMES)] = "wsd"
+    """The shape of the learning rate over the run."""
+    warmup: Annotated[Duration | float | Auto, Fraction(("auto",))] = "auto"
+    """Linear rise from 0 at the start: a duration, or a fraction of the run; 0 is none."""
+
+
+class ConstantSchedule(_Schedule):
+    """optim.lr all along."""
+
+
+class InverseSqrtSchedule(_Schedule):
+    """Falls with the square root of the step count after the warm-up."""
+
+
+class _Falling(_Schedule):
+    min_ratio: Annotated[float, Real(minimum=0, maximum=1)] = 0.0
+    """Lowest learning rate as a fraction of optim.lr."""
+
+
+class LinearSchedule(_Falling):
+    """A straight line down to min_ratio."""
+
+
+class CosineSchedule(_Falling):
+    """Half a cosine down to min_ratio."""
+
+
+class OneCycleSchedule(_Falling):
+    """Up during the warm-up, then down by a cosine (Smith, arXiv 1708.07120)."""
+
+
+class WSDSchedule(_Falling):
+    """Warm-up, stable, decay: constant until the last part of the run, then down (MiniCPM, arXiv 2404.06395)."""
+
+    decay: Annotated[float, Real(above=0, maximum=1)] = 0.2
+    """Fraction of the run, at its end, over which the learning rate falls."""
+
+
+class CyclicalSchedule(_Falling):
+    """A triangle between min_ratio and 1, again and again (Smith, arXiv 1506.01186)."""
+
+    cycle_steps: Annotated[Duration, Unit(only="steps")]
+    """Length of one cycle, up and down."""
+
+
+class PolynomialSchedule(_Falling):
+    """Down to min_ratio as a power of what is left of the run."""
+
+    power: Annotated[float, Real(above=0)] = 2.0
+    """Exponent: 1 is a straight line, larger falls earlier."""
+
+
+SCHEDULES: dict[str, type[_Schedule]] = {
+    "constant": ConstantSchedule,
+    "linear": LinearSchedule,
+    "cosine": CosineSchedule,
+    "wsd": WSDSchedule,
+    "one_cycle": OneCycleSchedule,
+    "cyclical": CyclicalSchedule,
+    "inverse_sqrt": InverseSqrtSchedule,
+    "polynomial": PolynomialSchedule,
+}
+
+
+def _variant(value: Any, classes: Mapping[str, type[Section]], default: str) -> str | None:
+    """The tag for a mapping with a `name`; an unknown name goes to the default variant, which refuses it by name."""
+    if isinstance(value, Mapping):
+        name = value.get("name", default)
+        return variant_tag(name if isinstance(name, str) and name in classes else default)
+    return next((variant_tag(name) for name, cls in classes.items() if type(value) is cls), None)
+
+
+ScheduleSection: TypeAlias = Annotated[
+    Annotated[ConstantSchedule, Tag("<constant>")]
+    | Annotated[LinearSchedule, Tag("<linear>")]
+    | Annotated[CosineSchedule, Tag("<cosine>")]
+    | Annotated[WSDSchedule, Tag("<wsd>")]
+    | Annotated[OneCycleSchedule, Tag("<one_cycle>")]
+    | Annotated[CyclicalSchedule, Tag("<cyclical>")]
+    | Annotated[InverseSqrtSchedule, Tag("<inverse_sqrt>")]
+    | Annotated[PolynomialSchedule, Tag("<polynomial>")],
+    Discriminator(
+        lambda value: _variant(value, SCHEDULES, "wsd"),
+        custom_error_type="expected",
+        custom_error_message="expected {expected}",
+        custom_error_context={"expected": "the name of a schedule or {name: ..., warmup: ...}", "hint": ""},
+    ),
+    BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value),
+]
+
+
+class ParameterRule(Section):
+    """Other settings for the parameters whose name matches."""
+
+    pattern: Annotated[str, Pattern()]
+    """Regular expression searched in parameter names; one that matches none is an error."""
+    lr_scale: Annotated[float | None, Real((None,), minimum=0)] = None
+    """Multiplies the learning rate; null keeps it."""
+    weight_decay: Annotated[float | None, Real((None,), minimum=0)] = None
+    """Replaces the weight decay, also where there is none by default; null keeps it."""
+    freeze: Annotated[bool, Truth()] = False
+    """Do not train these parameters at all."""
+
+    def problems(self) -> Any:
+        if self.lr_scale is None and self.weight_decay is None and not self.freeze:
+            yield "pattern", "at least one of lr_scale, weight_decay, freeze: this rule changes nothing"
+        if self.freeze and (self.lr_scale is not None or self.weight_decay is not None):
+            yield "freeze", "false beside lr_scale or weight_decay: frozen parameters have neither"
+
+
+class _Optimizer(Section):
+    """The optimizer and what drives it."""
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        "betas": "name: adamw, lion or muon",
+        "eps": "name: adamw or muon",
+        "momentum": "name: sgd or muon",
+        "nesterov": "name: sgd or muon",
+        "beta2_decay": "name: adafactor",
+        "update_clip": "name: adafactor",
+        "lr_adjust": "name: muon",
+        "newton_schulz_steps": "name: muon",
+    }
+
+    name: Annotated[OptimizerName, Words(OPTIMIZER_NAMES)] = "adamw"
+    """The optimizer."""
+    lr: Annotated[float | Auto, Real(("auto",), above=0)] = "auto"
+    """Peak learning rate; the schedule multiplies it."""
+    weight_decay: Annotated[float, Real(minimum=0)] = 0.1
+    """Weight decay of matrices; norms, biases and embeddings have none unless a rule says so."""
+    clip_norm: Annotated[float | None, Real((None,), above=0)] = 1.0
+    """Largest norm of the whole gradient; null does not clip."""
+    schedule: ScheduleSection = WSDSchedule()
+    """The learning rate over the run."""
+    rules: tuple[ParameterRule, ...] = ()
+    """Ordered exceptions by parameter name; the first that matches decides."""
+
+
+Betas: TypeAlias = Annotated[tuple[float, float], Listed((), Real(minimum=0, below=1), 2)]
+
+
+class AdamW(_Optimizer):
+    """AdamW (arXiv 1711.05101)."""
+
+    betas: Betas = (0.9, 0.95)
+    """Decay of the averages of gradient and squared gradient."""
+    eps: Annotated[float, Real(minimum=0)] = 1e-8
+    """Added to the denominator."""
+
+
+class SGD(_Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    momentum: Annotated[float, Real(minimum=0, below=1)] = 0.9
+    """Decay of the average of gradients."""
+    nesterov: Annotated[bool, Truth()] = False
+    """Look one step ahead of the momentum."""
+
+    def problems(self) -> Any:
+        if self.nesterov and self.momentum == 0:
+            yield "nesterov", "false: optim.momentum is 0"
+
+
+class Adafactor(_Optimizer):
+    """Adafactor (arXiv 1804.04235): rows and columns of squared gradients in place of all of them."""
+
+    beta2_decay: Annotated[float, Real(maximum=0)] = -0.8
+    """The average of squared gradients at step t decays by 1 - t ** this."""
+    update_clip: Annotated[float, Real(minimum=1)] = 1.0
+    """Updates are scaled down to this root mean square."""
+
+
+class Lion(_Optimizer):
+    """Lion (arXiv 2302.06675)."""
+
+    betas: Betas = (0.9, 0.99)
+    """Weight of the average in the update, and its decay."""
+
+
+class Muon(_Optimizer):
+    """Muon for matrices, AdamW for embeddings, head, norms and biases."""
+
+    momentum: Annotated[float, Real(minimum=0, below=1)] = 0.95
+    """Decay of the average of gradients."""
+    nesterov: Annotated[bool, Truth()] = True
+    """Look one step ahead of the momentum."""
+    betas: Betas = (0.9, 0.95)
+    """Decay of AdamW's averages, for the parameters that Muon does not train."""
+    eps: Annotated[float, Real(minimum=0)] = 1e-8
+    """Added to AdamW's denominator, for the parameters that Muon does not train."""
+    lr_adjust: Annotated[Literal["match_rms_adamw", "original"], Words(("match_rms_adamw", "original"))] = (
+        "match_rms_adamw"
+    )
+    """match_rms_adamw: updates of AdamW's size, one lr fits both (arXiv 2502.16982); original: for lr near 0.02."""
+    newton_schulz_steps: Annotated[int, Whole(minimum=1)] = 5
+    """Iterations of the orthogonalisation."""
+
+
+OPTIMIZERS: dict[str, type[_Optimizer]] = {
+    "adamw": AdamW,
+    "sgd": SGD,
+    "adafactor": Adafactor,
+    "lion": Lion,
+    "muon": Muon,
+}
+
+OptimSection: TypeAlias = Annotated[
+    Annotated[AdamW, Tag("<adamw>")]
+    | Annotated[SGD, Tag("<sgd>")]
+    | Annotated[Adafactor, Tag("<adafactor>")]
+    | Annotated[Lion, Tag("<lion>")]
+    | Annotated[Muon, Tag("<muon>")],
+    Discriminator(
+        lambda value: _variant(value, OPTIMIZERS, "adamw"),
+        custom_error_type="expected",
+        custom_error_message="expected {expected}",
+        custom_error_context={"expected": "a section such as {name: adamw, lr: auto}", "hint": ""},
+    ),
+]

@@ -1,0 +1,57 @@
+"""The "auto" values that follow from the recipe alone; what depends on machine or data is the planner's to choose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainwright.config.data_section import TrainCharacters
+from trainwright.config.model_section import ModelFromFolder, ModelFromHub
+from trainwright.config.schema import Recipe
+
+if TYPE_CHECKING:
+    from trainwright.config.load import LoadedRecipe
+
+__all__ = ["apply_rules", "choose_tokenizer"]
+
+
+def apply_rules(loaded: LoadedRecipe) -> LoadedRecipe:
+    """Settle run.name, data.tokenizer, data.document_mask and data.append_eos where they are left open."""
+    updates: dict[str, tuple[Any, str]] = {}
+    recipe = loaded.recipe
+    if recipe.run.name is None:
+        updates["run.name"] = _run_name(loaded)
+    if recipe.data.tokenizer == "auto":
+        updates["data.tokenizer"] = choose_tokenizer(recipe)
+    if recipe.data.document_mask == "auto":
+        shared = recipe.data.packing == "best_fit"
+        updates["data.document_mask"] = (
+            shared,
+            "best_fit puts several documents in a row" if shared else f"packing is {recipe.data.packing}",
+        )
+    if recipe.data.append_eos == "auto":
+        characters = isinstance(recipe.data.tokenizer, TrainCharacters)
+        updates["data.append_eos"] = (
+            not characters,
+            "a character tokenizer has no end-of-text token" if characters else "the model learns where texts end",
+        )
+    return loaded.resolve(updates) if updates else loaded
+
+
+def choose_tokenizer(recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """The model's own tokenizer where it comes with one, else byte-level BPE of 8192 tokens."""
+    match recipe.model:
+        case ModelFromFolder(path=path):
+            return {"path": path}, "the model's own"
+        case ModelFromHub(hf=name):
+            return {"hf": name}, "the model's own"
+    return {"train": "bpe", "vocab_size": 8192}, "byte-level BPE writes every text; 8192 suits models up to ~100M"
+
+
+def _run_name(loaded: LoadedRecipe) -> tuple[str, str]:
+    path = loaded.source_path
+    if path is None:
+        return "run", "the recipe has no file"
+    if path.name == "recipe.resolved.yaml":
+        return Path(path).resolve().parent.name, "the run that the recipe comes from"
+    return path.stem.lstrip(".") or "run", "the recipe's file name"

@@ -1,0 +1,124 @@
+"""`task` and `train`: what is learnt, for how long, in what batches, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator
+
+from trainwright.base.units import Count, Duration
+from trainwright.config.fields import Auto, Real, Truth, Unit, Whole, Words
+from trainwright.config.section import Section
+
+__all__ = ["BUDGETS", "EMASection", "EarlyStoppingSection", "SpikeSection", "Task", "TaskSection", "TrainSection"]
+
+BUDGETS = ("steps", "tokens", "epochs", "time")
+
+
+class TaskSection(Section):
+    """How an example becomes a batch and a loss."""
+
+    name: Annotated[Literal["causal_lm"], Words(("causal_lm",))] = "causal_lm"
+    """causal_lm: predict the next token."""
+    label_smoothing: Annotated[float, Real(minimum=0, below=1)] = 0.0
+    """Share of the target's probability that is spread over the vocabulary."""
+    z_loss: Annotated[float, Real(minimum=0)] = 0.0
+    """Weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311, uses 1e-4)."""
+
+
+Task: TypeAlias = Annotated[
+    TaskSection, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+]
+
+
+class EarlyStoppingSection(Section):
+    """Stop when the validation loss no longer falls."""
+
+    patience: Annotated[int, Whole(minimum=1)] = 5
+    """Evaluations without improvement after which training stops."""
+    min_delta: Annotated[float, Real(minimum=0)] = 0.0
+    """Improvements of the validation loss up to this size do not count."""
+
+
+class EMASection(Section):
+    """Exponential moving average of the weights, evaluated and exported in place of the last ones."""
+
+    decay: Annotated[float, Real(above=0, below=1)] = 0.999
+    """Weight of the old average at each step."""
+
+
+class SpikeSection(Section):
+    """When the loss counts as a spike."""
+
+    sigma: Annotated[float, Real(above=0)] = 6.0
+    """Standard deviations above the mean of the last `window` losses."""
+    window: Annotated[int, Whole(minimum=8)] = 128
+    """Steps over which mean and deviation are taken; no step is judged before so many."""
+
+
+class TrainSection(Section):
+    """How long, in what batches, how checked, and what happens when it goes wrong."""
+
+    steps: Annotated[int | None, Whole((None,), minimum=1)] = None
+    """Budget: optimizer steps. One budget at most: steps, tokens, epochs or time."""
+    tokens: Annotated[Count | Auto | None, Unit((None, "auto"), Count, minimum=1)] = None
+    """Budget: trained tokens; auto follows the model's size and the data's. The default when no budget is given."""
+    epochs: Annotated[float | None, Real((None,), above=0)] = None
+    """Budget: passes over the training rows."""
+    time: Annotated[Duration | None, Unit((None,), only="seconds")] = None
+    """Budget: about so much training time; the planner turns it into steps before anything is built."""
+    batch_tokens: Annotated[Count | Auto, Unit(("auto",), Count, minimum=1)] = "auto"
+    """Tokens of one optimizer step: a whole number of rows of data.sequence_length."""
+    micro_batch: Annotated[int | Auto, Whole(("auto",), minimum=1)] = "auto"
+    """Rows of one forward pass; it divides the rows of a step and cannot change the result."""
+    eval_every: Annotated[Duration | Literal["auto", "never"], Unit(("auto", "never"))] = "auto"
+    """How often the validation loss is taken."""
+    eval_tokens: Annotated[Count | Literal["auto", "all"], Unit(("auto", "all"), Count, minimum=1)] = "auto"
+    """Validation tokens of one evaluation, always the same ones."""
+    seed: Annotated[int, Whole()] = 0
+    """Seeds initialisation, order of rows and dropout."""
+    shuffle: Annotated[bool, Truth()] = True
+    """Rows in a keyed random order that is new in every epoch; false keeps the order of the build."""
+    compile: Annotated[bool | Auto, Truth(("auto",))] = "auto"
+    """torch.compile for each block; auto when a compiler is there and the run is long enough to earn it back."""
+    deterministic: Annotated[bool | Auto, Truth(("auto",))] = "auto"
+    """Only deterministic kernels: the same run gives the same bits. auto is true on the CPU, false elsewhere."""
+    threads: Annotated[int | Auto, Whole(("auto",), minimum=1)] = "auto"
+    """CPU threads of this process."""
+    early_stopping: EarlyStoppingSection | None = None
+    """Stop when the validation loss no longer falls; null trains the whole budget."""
+    ema: EMASection | None = None
+    """Exponential moving average of the weights; null keeps none."""
+    on_nan: Annotated[Literal["skip", "stop"], Words(("skip", "stop"))] = "stop"
+    """A loss or gradient that is NaN or infinite: skip the step, or save and stop."""
+    on_spike: Annotated[Literal["ignore", "skip", "stop"], Words(("ignore", "skip", "stop"))] = "ignore"
+    """A loss far above the recent ones: train on it, skip the step, or save and stop."""
+    spike: SpikeSection = SpikeSection()
+    """What counts as a spike."""
+    max_skips: Annotated[int, Whole(minimum=1)] = 10
+    """Skipped steps in a row after which training stops all the same."""
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if all(given.get(budget) is None for budget in BUDGETS):
+            given["tokens"] = "auto"
+        return given
+
+    @classmethod
+    def raw_problems(cls, given: Mapping[str, Any]) -> Any:
+        budgets = [budget for budget in BUDGETS if given.get(budget) is not None]
+        for budget in budgets[1:]:
+            yield budget, f"one budget only, and train.{budgets[0]} is given too"
+
+    def without_effect(self) -> dict[str, str]:
+        idle = {}
+        if self.on_spike == "ignore":
+            idle["spike"] = "train.on_spike is ignore"
+        if "skip" not in (self.on_nan, self.on_spike):
+            idle["max_skips"] = "neither train.on_nan nor train.on_spike is skip"
+        return idle
+
+    def problems(self) -> Any:
+        if self.early_stopping is not None and self.eval_every == "never":
+            yield "early_stopping", "null: train.eval_every is never"
