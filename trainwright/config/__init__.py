@@ -6,16 +6,58 @@ loaded = load_recipe("stdlib", ["train.steps=100"])
 loaded.recipe.optim.lr, loaded.provenance["optim.lr"]
 """
 
+from trainwright.config.data_section import (
+    DataSection,
+    SourceSection,
+    TokenizerFromFolder,
+    TokenizerFromHub,
+    TrainBPE,
+    TrainCharacters,
+    ValidationFraction,
+    ValidationSources,
+)
 from trainwright.config.dump import to_yaml
 from trainwright.config.find import builtin_recipes, find_recipe
 from trainwright.config.load import LoadedRecipe, load_recipe, load_recipe_text
+from trainwright.config.model_section import (
+    ModelFromConfig,
+    ModelFromFolder,
+    ModelFromHub,
+    ModelFromPreset,
+    ModelSection,
+)
+from trainwright.config.optim_section import OptimSection, ParameterRule, ScheduleSection
 from trainwright.config.provenance import Origin
+from trainwright.config.run_section import CheckpointSection, MonitorSection, RunSection, SampleSection
 from trainwright.config.schema import Recipe, json_schema
+from trainwright.config.train_section import TaskSection, TrainSection
 
 __all__ = [
+    "CheckpointSection",
+    "DataSection",
     "LoadedRecipe",
+    "ModelFromConfig",
+    "ModelFromFolder",
+    "ModelFromHub",
+    "ModelFromPreset",
+    "ModelSection",
+    "MonitorSection",
+    "OptimSection",
     "Origin",
+    "ParameterRule",
     "Recipe",
+    "RunSection",
+    "SampleSection",
+    "ScheduleSection",
+    "SourceSection",
+    "TaskSection",
+    "TokenizerFromFolder",
+    "TokenizerFromHub",
+    "TrainBPE",
+    "TrainCharacters",
+    "TrainSection",
+    "ValidationFraction",
+    "ValidationSources",
     "builtin_recipes",
     "find_recipe",
     "json_schema",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BeforeValidator, Discriminator, Tag
 
 from trainwright.base.units import Duration
-from trainwright.config.fields import Auto, Fraction, Listed, Pattern, Real, Truth, Unit, Whole, Words
+from trainwright.config.fields import Auto, Fraction, Listed, Pattern, Real, Truth, Whole, Words
 from trainwright.config.section import Section, variant_tag
 
 __all__ = [
@@ -51,17 +51,21 @@ class _Schedule(Section):
     """The learning rate over the run, as a multiplier of optim.lr."""
 
     elsewhere: ClassVar[dict[str, str]] = {
-        "min_ratio": "schedules that fall: linear, cosine, wsd, one_cycle, cyclical, polynomial",
+        "min_ratio": "the schedules that fall: linear, cosine, wsd, one_cycle, cyclical, polynomial",
         "decay": "name: wsd",
-        "power": "name: polynomial",
-        "cycles": "name: cosine (with restarts)",
+        "shape": "name: wsd or one_cycle",
+        "start": "name: one_cycle",
+        "restarts": "name: cosine",
         "cycle_steps": "name: cyclical",
+        "mode": "name: cyclical",
+        "power": "name: polynomial",
+        "timescale": "name: inverse_sqrt",
     }
 
     name: Annotated[ScheduleName, Words(SCHEDULE_NAMES)] = "wsd"
     """The shape of the learning rate over the run."""
     warmup: Annotated[Duration | float | Auto, Fraction(("auto",))] = "auto"
-    """Linear rise from 0 at the start: a duration, or a fraction of the run; 0 is none."""
+    """Linear rise at the start: a duration, or a fraction of the run; 0 is none."""
 
 
 class ConstantSchedule(_Schedule):
@@ -69,7 +73,10 @@ class ConstantSchedule(_Schedule):
 
 
 class InverseSqrtSchedule(_Schedule):
-    """Falls with the square root of the step count after the warm-up."""
+    """Falls with the square root of the step count after the warm-up (arXiv 1706.03762)."""
+
+    timescale: Annotated[int | None, Whole((None,), minimum=1)] = None
+    """Steps after the warm-up at which 1/sqrt(2) is reached; null is the length of the warm-up."""
 
 
 class _Falling(_Schedule):
@@ -82,11 +89,21 @@ class LinearSchedule(_Falling):
 
 
 class CosineSchedule(_Falling):
-    """Half a cosine down to min_ratio."""
+    """Half a cosine down to min_ratio (arXiv 1608.03983)."""
+
+    restarts: Annotated[int, Whole()] = 0
+    """Jumps back to the full learning rate on the way down."""
 
 
 class OneCycleSchedule(_Falling):
-    """Up during the warm-up, then down by a cosine (Smith, arXiv 1708.07120)."""
+    """Up during the warm-up, then down (Smith, arXiv 1708.07120); numbers of torch's OneCycleLR."""
+
+    min_ratio: Annotated[float, Real(minimum=0, maximum=1)] = 4e-6
+    """Lowest learning rate as a fraction of optim.lr."""
+    start: Annotated[float, Real(minimum=0, maximum=1)] = 0.04
+    """Learning rate of the first step as a fraction of optim.lr."""
+    shape: Annotated[Literal["cosine", "linear"], Words(("cosine", "linear"))] = "cosine"
+    """Curve of the rise and the fall."""
 
 
 class WSDSchedule(_Falling):
@@ -94,19 +111,23 @@ class WSDSchedule(_Falling):
 
     decay: Annotated[float, Real(above=0, maximum=1)] = 0.2
     """Fraction of the run, at its end, over which the learning rate falls."""
+    shape: Annotated[Literal["sqrt", "linear", "cosine"], Words(("sqrt", "linear", "cosine"))] = "sqrt"
+    """Curve of the fall; sqrt is 1 - sqrt(progress), the best of those compared in arXiv 2405.18392."""
 
 
 class CyclicalSchedule(_Falling):
-    """A triangle between min_ratio and 1, again and again (Smith, arXiv 1506.01186)."""
+    """Triangles between min_ratio and 1, again and again (Smith, arXiv 1506.01186)."""
 
-    cycle_steps: Annotated[Duration, Unit(only="steps")]
-    """Length of one cycle, up and down."""
+    cycle_steps: Annotated[int, Whole(minimum=2)]
+    """Steps of one triangle, up and down."""
+    mode: Annotated[Literal["triangular", "triangular2"], Words(("triangular", "triangular2"))] = "triangular"
+    """triangular: all of one height; triangular2: half the height each time."""
 
 
 class PolynomialSchedule(_Falling):
     """Down to min_ratio as a power of what is left of the run."""
 
-    power: Annotated[float, Real(above=0)] = 2.0
+    power: Annotated[float, Real(above=0)] = 1.0
     """Exponent: 1 is a straight line, larger falls earlier."""
 
 

@@ -7,22 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 from trainwright.config.data_section import TrainCharacters
 from trainwright.config.model_section import ModelFromFolder, ModelFromHub
-from trainwright.config.schema import Recipe
 
 if TYPE_CHECKING:
     from trainwright.config.load import LoadedRecipe
 
-__all__ = ["apply_rules", "choose_tokenizer"]
+__all__ = ["apply_rules"]
 
 
 def apply_rules(loaded: LoadedRecipe) -> LoadedRecipe:
-    """Settle run.name, data.tokenizer, data.document_mask and data.append_eos where they are left open."""
+    """Settle run.name, data.tokenizer (of a model without one), data.document_mask and data.append_eos where they are left open."""
     updates: dict[str, tuple[Any, str]] = {}
     recipe = loaded.recipe
     if recipe.run.name is None:
         updates["run.name"] = _run_name(loaded)
-    if recipe.data.tokenizer == "auto":
-        updates["data.tokenizer"] = choose_tokenizer(recipe)
+    if recipe.data.tokenizer == "auto" and not isinstance(recipe.model, (ModelFromFolder, ModelFromHub)):
+        # A model folder may bring its own tokenizer, which only a look inside can tell.
+        updates["data.tokenizer"] = (
+            {"train": "bpe", "vocab_size": 8192},
+            "byte-level BPE writes every text; 8192 suits models up to ~100M",
+        )
     if recipe.data.document_mask == "auto":
         shared = recipe.data.packing == "best_fit"
         updates["data.document_mask"] = (
@@ -36,16 +39,6 @@ def apply_rules(loaded: LoadedRecipe) -> LoadedRecipe:
             "a character tokenizer has no end-of-text token" if characters else "the model learns where texts end",
         )
     return loaded.resolve(updates) if updates else loaded
-
-
-def choose_tokenizer(recipe: Recipe) -> tuple[dict[str, Any], str]:
-    """The model's own tokenizer where it comes with one, else byte-level BPE of 8192 tokens."""
-    match recipe.model:
-        case ModelFromFolder(path=path):
-            return {"path": path}, "the model's own"
-        case ModelFromHub(hf=name):
-            return {"hf": name}, "the model's own"
-    return {"train": "bpe", "vocab_size": 8192}, "byte-level BPE writes every text; 8192 suits models up to ~100M"
 
 
 def _run_name(loaded: LoadedRecipe) -> tuple[str, str]:

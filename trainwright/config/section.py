@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from trainwright.base.text import did_you_mean
+from trainwright.base.text import did_you_mean, nearest
 from trainwright.config.fields import plain
 
 __all__ = ["Section", "problem", "tag_of", "variant_tag"]
@@ -84,7 +84,8 @@ class Section(BaseModel):
             if key in cls.elsewhere:
                 expected, hint = f"no such key here: it belongs to {cls.elsewhere[key]}", ""
             else:
-                expected, hint = f"one of the keys {', '.join(names)}", did_you_mean(key, names)
+                expected = f"one of the keys {', '.join(names)}"
+                hint = did_you_mean(key, names) or _of_a_variant(key, cls.elsewhere)
             return _details("unknown_key", location, details["input"], expected, hint)
         if kind == "missing":
             return _details("missing", location, details["input"], "a value: this key is required", "")
@@ -125,6 +126,11 @@ def problem(field: str, expected: str, seen: Any) -> InitErrorDetails:
 def _details(kind: str, location: tuple[Any, ...], seen: Any, expected: str, hint: str) -> InitErrorDetails:
     error = PydanticCustomError(kind, "expected {expected}.{hint}", {"expected": expected, "hint": hint})
     return InitErrorDetails(type=error, loc=location, input=seen)
+
+
+def _of_a_variant(key: str, elsewhere: Mapping[str, str]) -> str:
+    close = nearest(key, elsewhere)
+    return f" Did you mean {close!r}, which belongs to {elsewhere[close]}?" if close else ""
 
 
 def variant_tag(name: str) -> str:

@@ -52,9 +52,9 @@ class SpikeSection(Section):
     """When the loss counts as a spike."""
 
     sigma: Annotated[float, Real(above=0)] = 6.0
-    """Standard deviations above the mean of the last `window` losses."""
-    window: Annotated[int, Whole(minimum=8)] = 128
-    """Steps over which mean and deviation are taken; no step is judged before so many."""
+    """Robust standard deviations (from the median absolute deviation) above the median of recent steps."""
+    window: Annotated[int, Whole(minimum=32)] = 128
+    """Accepted steps that are remembered; judging starts after the first 32."""
 
 
 class TrainSection(Section):
@@ -90,10 +90,10 @@ class TrainSection(Section):
     """Stop when the validation loss no longer falls; null trains the whole budget."""
     ema: EMASection | None = None
     """Exponential moving average of the weights; null keeps none."""
-    on_nan: Annotated[Literal["skip", "stop"], Words(("skip", "stop"))] = "stop"
+    on_nan: Annotated[Literal["skip", "stop"], Words(("skip", "stop"))] = "skip"
     """A loss or gradient that is NaN or infinite: skip the step, or save and stop."""
     on_spike: Annotated[Literal["ignore", "skip", "stop"], Words(("ignore", "skip", "stop"))] = "ignore"
-    """A loss far above the recent ones: train on it, skip the step, or save and stop."""
+    """A loss or gradient norm far above the recent ones: train on it, skip the step, or save and stop."""
     spike: SpikeSection = SpikeSection()
     """What counts as a spike."""
     max_skips: Annotated[int, Whole(minimum=1)] = 10
