@@ -44,7 +44,10 @@ def list_sources(value: Any) -> Any:
     return [{"source": item} if isinstance(item, str) else item for item in items]
 
 
-Sources: TypeAlias = Annotated[tuple[SourceSection, ...], BeforeValidator(list_sources)]
+Sources: TypeAlias = Annotated[
+    tuple[SourceSection, ...],
+    BeforeValidator(list_sources, json_schema_input_type=str | SourceSection | list[str | SourceSection]),
+]
 
 
 class ValidationFraction(Section):
@@ -148,11 +151,7 @@ Tokenizer: TypeAlias = Annotated[
     Discriminator(
         _tokenizer,
         custom_error_type="expected",
-        custom_error_message="expected {expected}",
-        custom_error_context={
-            "expected": "auto, {train: bpe, vocab_size: 8192}, {train: char}, {path: ...} or {hf: owner/name}",
-            "hint": "",
-        },
+        custom_error_message="auto, {train: bpe, vocab_size: 8192}, {train: char}, {path: ...} or {hf: owner/name}",
     ),
 ]
 
@@ -163,8 +162,7 @@ Validation: TypeAlias = Annotated[
     Discriminator(
         _validation,
         custom_error_type="expected",
-        custom_error_message="expected {expected}",
-        custom_error_context={"expected": "auto, none, {fraction: 0.02} or {source: ...}", "hint": ""},
+        custom_error_message="auto, none, {fraction: 0.02} or {source: ...}",
     ),
 ]
 

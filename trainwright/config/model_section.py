@@ -107,7 +107,6 @@ ModelSection: TypeAlias = Annotated[
     Discriminator(
         _source,
         custom_error_type="expected",
-        custom_error_message="exactly one of",
-        custom_error_context={"expected": "exactly one of the keys preset, path, hf, config", "hint": ""},
+        custom_error_message="exactly one of the keys preset, path, hf, config",
     ),
 ]

@@ -151,7 +151,7 @@ def _variant(value: Any, classes: Mapping[str, type[Section]], default: str) -> 
     return next((variant_tag(name) for name, cls in classes.items() if type(value) is cls), None)
 
 
-ScheduleSection: TypeAlias = Annotated[
+_Schedules: TypeAlias = Annotated[
     Annotated[ConstantSchedule, Tag("<constant>")]
     | Annotated[LinearSchedule, Tag("<linear>")]
     | Annotated[CosineSchedule, Tag("<cosine>")]
@@ -163,11 +163,16 @@ ScheduleSection: TypeAlias = Annotated[
     Discriminator(
         lambda value: _variant(value, SCHEDULES, "wsd"),
         custom_error_type="expected",
-        custom_error_message="expected {expected}",
-        custom_error_context={"expected": "the name of a schedule or {name: ..., warmup: ...}", "hint": ""},
+        custom_error_message="the name of a schedule or {name: ..., warmup: ...}",
     ),
-    BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value),
 ]
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+ScheduleSection: TypeAlias = Annotated[_Schedules, BeforeValidator(_by_name, json_schema_input_type=str | _Schedules)]
 
 
 class ParameterRule(Section):
@@ -294,7 +299,6 @@ OptimSection: TypeAlias = Annotated[
     Discriminator(
         lambda value: _variant(value, OPTIMIZERS, "adamw"),
         custom_error_type="expected",
-        custom_error_message="expected {expected}",
-        custom_error_context={"expected": "a section such as {name: adamw, lr: auto}", "hint": ""},
+        custom_error_message="a section such as {name: adamw, lr: auto}",
     ),
 ]

@@ -36,7 +36,9 @@ def keys() -> tuple[Key, ...]:
     merged: dict[tuple[str, str, str, str], list[str]] = {}
     variants_of: dict[str, list[str]] = {}
     for path, name, accepts, default, meaning, siblings in _walk(Recipe, "", ""):
-        merged.setdefault((path, accepts, default, meaning), []).append(name)
+        names = merged.setdefault((path, accepts, default, meaning), [])
+        if name not in names:  # a section inside a variant of another one is met once for each
+            names.append(name)
         parent = path.rpartition(".")[0]
         variants_of.setdefault(parent, siblings)
     result = []
@@ -58,7 +60,7 @@ def _walk(
         yield (
             path,
             variant,
-            _accepts(info.annotation, info.metadata, inner),
+            SHORT.get(path) or _accepts(info.annotation, info.metadata, inner),
             default,
             _sentence(info.description),
             siblings or [variant],
@@ -108,6 +110,18 @@ def _accepts(annotation: Any, metadata: list[Any], sections: list[tuple[str, typ
     if sections:
         texts.append("a list of sections" if "tuple" in str(annotation) else "a section")
     return " or ".join(dict.fromkeys(texts))
+
+
+SHORT = {
+    "data.source": "text, or a list of texts and sections",
+    "data.validation.source": "text, or a list of texts and sections",
+    "task": "a name or a section",
+    "optim.schedule": "a name or a section",
+    "model.overrides": "a section with any field of the family",
+    "model.config": "a section with any field of the family",
+    "run.smoke": "a section of dotted keys",
+}
+"""What the schema's types do not say: short forms and free-form sections."""
 
 
 def _default(value: Any) -> str:

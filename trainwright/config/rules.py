@@ -15,7 +15,7 @@ __all__ = ["apply_rules"]
 
 
 def apply_rules(loaded: LoadedRecipe) -> LoadedRecipe:
-    """Settle run.name, data.tokenizer (of a model without one), data.document_mask and data.append_eos where they are left open."""
+    """Settle run.name, data.tokenizer, data.document_mask and data.append_eos where they are left open."""
     updates: dict[str, tuple[Any, str]] = {}
     recipe = loaded.recipe
     if recipe.run.name is None:

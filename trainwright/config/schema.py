@@ -9,7 +9,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from trainwright.config.data_section import DataSection
 from trainwright.config.fields import Words, plain
 from trainwright.config.model_section import ModelSection
-from trainwright.config.optim_section import AdamW, OptimSection
+from trainwright.config.optim_section import OPTIMIZERS, SCHEDULES, AdamW, OptimSection
 from trainwright.config.run_section import CheckpointSection, MonitorSection, RunSection
 from trainwright.config.section import Section
 from trainwright.config.train_section import Task, TaskSection, TrainSection
@@ -57,6 +57,13 @@ class _SchemaGenerator(GenerateJsonSchema):
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors that complete and check YAML."""
     schema = Recipe.model_json_schema(schema_generator=_SchemaGenerator)
+    for variants, default in ((SCHEDULES, "wsd"), (OPTIMIZERS, "adamw")):
+        for name, section in variants.items():
+            # In Python every variant reads every name, to refuse a wrong one by name; JSON schema needs them apart.
+            definition = schema["$defs"][section.__name__]
+            definition["properties"]["name"]["enum"] = [name]
+            if name != default:
+                definition.setdefault("required", []).append("name")
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Trainwright recipe"
     return schema

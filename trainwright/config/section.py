@@ -90,7 +90,9 @@ class Section(BaseModel):
         if kind == "missing":
             return _details("missing", location, details["input"], "a value: this key is required", "")
         if kind in ("expected", "unknown_key"):
-            return _details(kind, location, details["input"], context["expected"], context["hint"])
+            return _details(
+                kind, location, details["input"], context.get("expected", details["msg"]), context.get("hint", "")
+            )
         return _details("expected", location, details["input"], details["msg"], "")
 
     def to_dict(self) -> dict[str, Any]:

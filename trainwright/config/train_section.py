@@ -27,9 +27,11 @@ class TaskSection(Section):
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311, uses 1e-4)."""
 
 
-Task: TypeAlias = Annotated[
-    TaskSection, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
-]
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Task: TypeAlias = Annotated[TaskSection, BeforeValidator(_by_name, json_schema_input_type=str | TaskSection)]
 
 
 class EarlyStoppingSection(Section):
