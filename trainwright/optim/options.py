@@ -60,7 +60,7 @@ class OptimizerOptions:
         rules: ordered; the first whose pattern matches a name decides; one that matches nothing is refused.
         no_decay: names that do not decay beside all vectors (norms, biases): the embeddings of the shipped families.
         adamw_only: muon leaves these matrices to AdamW: embeddings and output heads (Keller Jordan's rule).
-        lr_adjust: muon's update size: `match_rms_adamw` gives updates the size of AdamW's, so one lr fits both (2502.16982);
+        lr_adjust: of muon: `match_rms_adamw` gives updates the size of AdamW's, so one lr fits both (2502.16982);
             `original` is Keller Jordan's sqrt(max(1, rows/columns)), for lr near 0.02.
         newton_schulz_steps: iterations of muon's orthogonalisation.
         newton_schulz_dtype: `bfloat16`, `float32` or `auto` (bfloat16 on CUDA, float32 elsewhere).
