@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+from trainwright.models.cache import KVCache
 from trainwright.models.checks import check_vocabulary
+from trainwright.models.counting import count_flops, count_matmul_parameters, count_parameters
 from trainwright.models.decoder import Decoder
+from trainwright.models.exporting import save_pretrained
+from trainwright.models.gpt2 import GPT2Config
+from trainwright.models.hub import load_hub
+from trainwright.models.importing import load_config, load_pretrained
 from trainwright.models.initialise import initial_value, initialise, materialize
 from trainwright.models.llama import LlamaConfig
-from trainwright.models.registry import ModelConfig, build_model, config_from_dict, preset, presets, replace
+from trainwright.models.registry import (
+    ModelConfig,
+    build_model,
+    config_from_dict,
+    model_plan,
+    preset,
+    presets,
+    replace,
+)
+from trainwright.models.structure import ModelPlan, SplitLinear
 
 __all__ = [
     "Decoder",
+    "GPT2Config",
+    "KVCache",
     "LlamaConfig",
     "ModelConfig",
+    "ModelPlan",
+    "SplitLinear",
     "build_model",
     "check_vocabulary",
     "config_from_dict",
+    "count_flops",
+    "count_matmul_parameters",
+    "count_parameters",
     "initial_value",
     "initialise",
+    "load_config",
+    "load_hub",
+    "load_pretrained",
     "materialize",
+    "model_plan",
     "preset",
     "presets",
     "replace",
+    "save_pretrained",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,10 +72,6 @@ class Decoder(nn.Module, ABC):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
 
-    def layer_windows(self) -> Sequence[int | None]:
-        """Per layer, the sliding window in tokens, or None where a token sees everything before it."""
-        return [None] * self.config.num_layers
-
     def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> KVCache:
         """An empty key/value cache for `batch` rows of up to `capacity` tokens, on the model's device.
 
@@ -87,7 +82,7 @@ class Decoder(nn.Module, ABC):
             dtype = torch.get_autocast_dtype(device.type)
         dtype = dtype or self.embedding.weight.dtype
         return KVCache(
-            self.layer_windows(),
+            self.config.layer_windows(),
             batch=batch,
             capacity=capacity,
             num_kv_heads=self.config.num_kv_heads,

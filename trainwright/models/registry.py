@@ -12,14 +12,34 @@ import torch
 
 from trainwright.base.errors import ModelError
 from trainwright.models.decoder import Decoder
+from trainwright.models.gpt2.config import GPT2Config
+from trainwright.models.gpt2.model import GPT2LMHeadModel
+from trainwright.models.gpt2.plan import plan as gpt2_plan
+from trainwright.models.gpt2.presets import GPT2_PRESETS
+from trainwright.models.gpt2.weights import GPT2_WEIGHTS
 from trainwright.models.initialise import materialize
 from trainwright.models.llama.config import ARCHITECTURES, LlamaConfig
 from trainwright.models.llama.model import LlamaForCausalLM
+from trainwright.models.llama.plan import plan as llama_plan
 from trainwright.models.llama.presets import LLAMA_PRESETS
+from trainwright.models.llama.weights import LLAMA_WEIGHTS
+from trainwright.models.structure import ModelPlan
+from trainwright.models.weights import WeightFormat
 
-__all__ = ["FAMILIES", "Family", "ModelConfig", "build_model", "config_from_dict", "family_of", "preset", "presets"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "ModelConfig",
+    "build_model",
+    "config_from_dict",
+    "family_of",
+    "model_plan",
+    "preset",
+    "presets",
+    "replace",
+]
 
-ModelConfig = LlamaConfig
+ModelConfig = LlamaConfig | GPT2Config
 
 
 @dataclass(frozen=True)
@@ -31,16 +51,24 @@ class Family:
     config_class: type[Any]
     model_class: Callable[[Any], Decoder]
     presets: Mapping[str, Any]
+    plan: Callable[[Any], ModelPlan]
+    weights: WeightFormat
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", ARCHITECTURES, LlamaConfig, LlamaForCausalLM, LLAMA_PRESETS),
+    "llama": Family("llama", ARCHITECTURES, LlamaConfig, LlamaForCausalLM, LLAMA_PRESETS, llama_plan, LLAMA_WEIGHTS),
+    "gpt2": Family("gpt2", ("gpt2",), GPT2Config, GPT2LMHeadModel, GPT2_PRESETS, gpt2_plan, GPT2_WEIGHTS),
 }
 
 
 def family_of(config: ModelConfig) -> Family:
     """The family of a configuration."""
     return FAMILIES[config.family]
+
+
+def model_plan(config: ModelConfig) -> ModelPlan:
+    """Where the parts of a model are, as plain data."""
+    return family_of(config).plan(config)
 
 
 def presets() -> dict[str, ModelConfig]:

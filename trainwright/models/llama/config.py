@@ -117,6 +117,10 @@ class LlamaConfig:
             return None
         return self.sliding_window
 
+    def layer_windows(self) -> list[int | None]:
+        """`window_of` every layer."""
+        return [self.window_of(layer) for layer in range(self.num_layers)]
+
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this model."""
         from trainwright.models.llama.hf_config import to_hf

@@ -47,10 +47,7 @@ def from_hf(values: dict[str, Any]) -> LlamaConfig:
     architecture = str(required(values, "model_type"))
     if architecture not in HF_CLASSES:
         raise ModelError(f"model_type={architecture!r} is not of the llama family ({', '.join(HF_CLASSES)})")
-    defaults = _DEFAULTS[architecture]
-    values = {**defaults, **{key: value for key, value in values.items() if value is not None or key not in defaults}}
-    if values.get("sliding_window", 0) is None and "sliding_window" in defaults:
-        values["sliding_window"] = None
+    values = {**_DEFAULTS[architecture], **values}
     refuse_unsupported(values, {"hidden_act": ("silu", "swish"), "pretraining_tp": (1, None)})
     num_heads = integer(values, "num_attention_heads")
     num_layers = integer(values, "num_hidden_layers")

@@ -150,9 +150,6 @@ class LlamaForCausalLM(Decoder):
     def embedding(self) -> nn.Embedding:
         return self.model.embed_tokens
 
-    def layer_windows(self) -> list[int | None]:
-        return [self.config.window_of(layer) for layer in range(self.config.num_layers)]
-
     def hidden_states(
         self,
         input_ids: Tensor,

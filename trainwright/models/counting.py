@@ -1,0 +1,56 @@
+"""Parameters, compute and cache size of a configuration, counted without building it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from trainwright.models.registry import ModelConfig, build_model
+
+__all__ = ["count_flops", "count_matmul_parameters", "count_parameters", "visible_keys"]
+
+
+@lru_cache(maxsize=64)
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in build_model(config, device="meta").named_parameters()}
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Trained parameters; a tied embedding counts once."""
+    return sum(_size(shape) for shape in _shapes(config).values())
+
+
+def count_matmul_parameters(config: ModelConfig) -> int:
+    """Parameters that every token is multiplied by: all matrices but the embeddings, and the head (tied or not)."""
+    skipped = ("embed_tokens.weight", "wte.weight", "wpe.weight", "lm_head.weight")
+    matrices = sum(
+        _size(shape) for name, shape in _shapes(config).items() if len(shape) == 2 and not name.endswith(skipped)
+    )
+    return matrices + config.vocab_size * config.hidden_size
+
+
+def visible_keys(sequence_length: int, window: int | None) -> float:
+    """Keys that a causal query sees, averaged over the positions of a sequence."""
+    if window is None or window >= sequence_length:
+        return (sequence_length + 1) / 2
+    seen_in_full = (sequence_length - window) * window
+    return (window * (window + 1) / 2 + seen_in_full) / sequence_length
+
+
+def count_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of forward and backward per trained token (one multiply-add is 2).
+
+    6 per matmul parameter (2 forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361) plus causal attention:
+    scores and weighted sum take 2 * 2 * heads * head_dim per visible key forward, three times that with backward.
+    Only keys that the mask lets through are counted, so a kernel that skips blocks can come near 100 % and none above.
+    """
+    windows = config.layer_windows()
+    attention = sum(12.0 * config.num_heads * config.head_dim * visible_keys(sequence_length, w) for w in windows)
+    return 6.0 * count_matmul_parameters(config) + attention
