@@ -1,0 +1,5 @@
+"""Tasks: how an example becomes a batch, a head, a loss and metrics."""
+
+from trainwright.tasks.causal_lm import CausalLM, LossOutput, Task
+
+__all__ = ["CausalLM", "LossOutput", "Task"]

@@ -1,0 +1,72 @@
+"""What the planner knows before it decides: the machine, the data and the model, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["DataFacts", "MachineFacts", "ModelFacts"]
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """The device a run will use.
+
+    Attributes:
+        kind: "cpu", "cuda" or "mps".
+        name: what the device calls itself.
+        cores: usable CPU cores.
+        memory_bytes: memory that the run may use, cgroup limits included.
+        bf16: whether bf16 matrix products are done in hardware.
+        compiler: path of a C++ compiler for CPU kernels (CUDA needs none), None when there is none.
+        peak: measured matrix-product rate in FLOP/s by dtype name ("fp32", "bf16").
+    """
+
+    kind: str
+    name: str
+    cores: int
+    memory_bytes: int
+    bf16: bool
+    compiler: str | None
+    peak: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The built dataset, or an estimate of it from file sizes before it is built.
+
+    Attributes:
+        train_rows, validation_rows: packed rows of each split.
+        sequence_length: positions of a row.
+        trained_per_row: mean number of trained tokens in a row (less than `sequence_length` when rows are padded).
+        vocab_size: size of the tokenizer.
+        estimated: True when the numbers were inferred from file sizes.
+    """
+
+    train_rows: int
+    validation_rows: int
+    sequence_length: int
+    trained_per_row: float
+    vocab_size: int
+    estimated: bool = False
+
+    @property
+    def train_tokens(self) -> int:
+        """Trained tokens of one epoch."""
+        return round(self.train_rows * self.trained_per_row)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model as the cost model sees it.
+
+    Attributes:
+        parameters: all parameters, tied ones once.
+        flops_per_token: forward and backward, matrix products and causal attention.
+        layers, width, vocab_size: its shape.
+    """
+
+    parameters: int
+    flops_per_token: float
+    layers: int
+    width: int
+    vocab_size: int

@@ -1,0 +1,180 @@
+"""The rules behind "auto": each a pure function from facts to a value and the reason, in the order they are applied.
+
+Sources: Chinchilla, arXiv 2203.15556 (tokens per parameter); data-constrained scaling, arXiv 2305.16264 (epochs);
+DeepSeek LLM, arXiv 2401.02954 (batch size and learning rate from compute); Muon, kellerjordan.github.io/posts/muon.
+"""
+
+from __future__ import annotations
+
+import math
+
+from trainwright.planner.cost import predict_memory
+from trainwright.planner.facts import DataFacts, MachineFacts, ModelFacts
+
+__all__ = [
+    "Choice",
+    "choose_batch_tokens",
+    "choose_compile",
+    "choose_deterministic",
+    "choose_evaluation",
+    "choose_evaluation_rows",
+    "choose_learning_rate",
+    "choose_micro_batch",
+    "choose_precision",
+    "choose_steps",
+    "choose_tokens",
+    "choose_vocab_size",
+    "choose_warmup",
+]
+
+Choice = tuple[int | float | str | bool, str]
+"""A value and the reason for it."""
+
+TOKENS_PER_PARAMETER = 20
+MAX_EPOCHS = 4
+MIN_STEPS = 200
+COMPILE_SECONDS = 45  # measured: forward and backward of one llama block on 2 CPU cores, cold cache
+CPU_MICRO_BATCH_TOKENS = 4096  # measured on 2 cores: larger micro-batches gain nothing and fall out of the cache
+CUDA_MICRO_BATCH_TOKENS = 32768
+MEMORY_SHARE = 0.7  # of what is free after weights, gradients and optimizer state
+
+
+def choose_precision(machine: MachineFacts) -> Choice:
+    """bf16 wherever the hardware multiplies it, otherwise fp32."""
+    if not machine.bf16:
+        return "fp32", f"{machine.name} has no bf16 matrix units"
+    gain = machine.peak["bf16"] / machine.peak["fp32"] if machine.peak.get("bf16") else None
+    if gain is not None and gain < 1.2:
+        return "fp32", f"bf16 products run at only {gain:.1f}x fp32 here (measured)"
+    return "bf16", f"bf16 products run at {gain:.1f}x fp32 here (measured)" if gain else "the hardware multiplies bf16"
+
+
+def choose_vocab_size(tokenizer_size: int) -> Choice:
+    """The tokenizer's size; from 1,024 on rounded up to a multiple of 64, which matrix kernels like."""
+    if tokenizer_size < 1024 or tokenizer_size % 64 == 0:
+        return tokenizer_size, "the tokenizer's size"
+    return math.ceil(tokenizer_size / 64) * 64, f"the tokenizer's {tokenizer_size:,} rounded up to a multiple of 64"
+
+
+def choose_tokens(model: ModelFacts, data: DataFacts) -> Choice:
+    """20 tokens per parameter (compute-optimal), but at most 4 epochs, up to which repeating is as good as new text."""
+    ideal = TOKENS_PER_PARAMETER * model.parameters
+    ceiling = MAX_EPOCHS * data.train_tokens
+    if ideal <= ceiling:
+        return ideal, f"{TOKENS_PER_PARAMETER} tokens per parameter (arXiv 2203.15556)"
+    return ceiling, (
+        f"{MAX_EPOCHS} epochs of {data.train_tokens:,} tokens; {TOKENS_PER_PARAMETER} tokens per parameter would be"
+        f" {ideal:,}, but repeating further gains little (arXiv 2305.16264)"
+    )
+
+
+def _compute(model: ModelFacts, tokens: int) -> float:
+    return max(model.flops_per_token * tokens, 1e9)
+
+
+def choose_batch_tokens(model: ModelFacts, data: DataFacts, tokens: int) -> Choice:
+    """B = 0.292 C^0.327 tokens for C training FLOPs, in whole rows, and at least 200 steps in the run."""
+    law = 0.2920 * _compute(model, tokens) ** 0.3271
+    rows = max(1, round(min(law, tokens / MIN_STEPS) / data.sequence_length))
+    rows = min(_round_to_even_split(rows), max(1, data.train_rows))
+    reason = f"0.292 C^0.327 = {law:,.0f} tokens (arXiv 2401.02954)"
+    if law > tokens / MIN_STEPS:
+        reason += f", cut so that the run has {MIN_STEPS} steps"
+    return rows * data.sequence_length, f"{reason}; {rows} rows of {data.sequence_length}"
+
+
+def _round_to_even_split(rows: int) -> int:
+    """Up to 8 rows as they are, beyond that the nearest multiple of 8, so that micro-batches divide them."""
+    return rows if rows <= 8 else 8 * round(rows / 8)
+
+
+def choose_steps(batch_trained_tokens: float, *, tokens: float, what: str) -> Choice:
+    """Optimizer steps that train `tokens` tokens, at least one."""
+    return max(1, math.ceil(tokens / batch_trained_tokens - 1e-9)), (
+        f"{what} / {batch_trained_tokens:,.0f} trained tokens per step"
+    )
+
+
+def choose_micro_batch(
+    model: ModelFacts,
+    data: DataFacts,
+    machine: MachineFacts,
+    *,
+    batch_rows: int,
+    optimizer: str,
+    precision: str,
+) -> Choice:
+    """The most rows that fit in memory and keep the device busy, as a divisor of the batch."""
+    one = predict_memory(
+        model, optimizer=optimizer, precision=precision, micro_rows=1, sequence_length=data.sequence_length
+    )
+    free = MEMORY_SHARE * (machine.memory_bytes - (one.total - one.activations))
+    fits = max(1, int(free // max(one.activations, 1)))
+    busy_tokens = CUDA_MICRO_BATCH_TOKENS if machine.kind == "cuda" else CPU_MICRO_BATCH_TOKENS
+    busy = max(1, busy_tokens // data.sequence_length)
+    limit = min(fits, busy, batch_rows)
+    rows = next(r for r in range(limit, 0, -1) if batch_rows % r == 0)
+    bound = "memory" if fits < min(busy, batch_rows) else f"{busy_tokens:,} tokens keep this device busy"
+    if batch_rows <= min(fits, busy):
+        bound = "the whole batch fits at once"
+    return rows, f"{batch_rows} rows in {batch_rows // rows} micro-batch(es); {bound}"
+
+
+def choose_learning_rate(model: ModelFacts, tokens: int, *, optimizer: str) -> Choice:
+    """eta = 0.3118 C^-0.125 for AdamW, capped at 0.004; other optimizers by their usual ratio to it."""
+    law = 0.3118 * _compute(model, tokens) ** -0.1250
+    adamw = min(law, 4e-3)
+    note = f"0.3118 C^-0.125 = {law:.2e} (arXiv 2401.02954)" + (", capped at 0.004" if law > 4e-3 else "")
+    if optimizer == "adamw":
+        return _two_digits(adamw), note
+    if optimizer == "lion":
+        return _two_digits(adamw / 5), f"a fifth of AdamW's (arXiv 2302.06675 advises 3-10x less); {note}"
+    if optimizer == "muon":
+        return _two_digits(adamw), f"AdamW's, whose update size Muon's is matched to (arXiv 2502.16982); {note}"
+    if optimizer == "muon_original":
+        return 0.02, "the update has unit spectral norm, for which 0.02 is usual (Muon's authors)"
+    if optimizer == "sgd":
+        return 0.1, "usual for SGD with momentum"
+    return 0.01, "Adafactor's relative step at its usual size (arXiv 1804.04235)"
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.1e}")
+
+
+def choose_warmup(steps: int) -> Choice:
+    """5 % of the run, at most 1,000 steps."""
+    warmup = min(max(1, round(0.05 * steps)), 1000)
+    return warmup, "5 % of the run, at most 1,000 steps"
+
+
+def choose_compile(machine: MachineFacts, *, eager_seconds: float) -> Choice:
+    """Compile blocks when a compiler is there and the run is long enough to earn the compile time back."""
+    if machine.kind == "cpu" and machine.compiler is None:
+        return False, "no C++ compiler on PATH (install g++ or clang for about 1.7x the speed)"
+    if machine.kind == "mps":
+        return False, "block compilation is not reliable on this device"
+    if eager_seconds < 3 * COMPILE_SECONDS:
+        return False, f"about {eager_seconds:.0f} s of training would not earn back ~{COMPILE_SECONDS} s of compiling"
+    return True, f"earns back ~{COMPILE_SECONDS} s of compiling (about {eager_seconds:,.0f} s without)"
+
+
+def choose_deterministic(machine: MachineFacts) -> Choice:
+    """True on CPU, where it costs nothing; off elsewhere."""
+    if machine.kind == "cpu":
+        return True, "every CPU kernel in use is deterministic for a fixed number of threads"
+    return False, "deterministic kernels cost speed on this device; set it to true for bitwise equal runs"
+
+
+def choose_evaluation(steps: int) -> Choice:
+    """Ten evaluations a run."""
+    return max(1, steps // 10), "ten times a run"
+
+
+def choose_evaluation_rows(data: DataFacts, *, tokens: int, evaluations: int) -> Choice:
+    """All validation rows when that costs under 10 % of the run's compute (a forward pass is a third), else fewer."""
+    budget_tokens = 0.1 * tokens * 3 / max(evaluations, 1)
+    rows = max(1, int(budget_tokens / data.sequence_length))
+    if rows >= data.validation_rows:
+        return "all", "the whole validation split costs under 10 % of the run"
+    return rows * data.sequence_length, f"{rows} of {data.validation_rows} rows: 10 % of the run's compute"

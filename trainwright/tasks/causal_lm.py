@@ -1,0 +1,75 @@
+"""Causal language modelling: predict the next token. The loss comes back as a sum and a count, never as a mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from trainwright.ops.linear_cross_entropy import linear_cross_entropy
+
+__all__ = ["CausalLM", "LossOutput", "Task"]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a task says of one micro-batch. Only the engine divides, once per optimizer step.
+
+    Attributes:
+        loss_sum: scalar float32, the objective summed over the trained tokens.
+        count: scalar integer, the number of trained tokens in this micro-batch.
+    """
+
+    loss_sum: Tensor
+    count: Tensor
+
+
+class Task(Protocol):
+    """How a batch becomes a loss: `loss` is what is trained, `evaluate` is what is compared between runs."""
+
+    name: str
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput: ...
+
+    def evaluate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput: ...
+
+
+class CausalLM:
+    """Next-token prediction over `labels` [batch, sequence] (already aligned with the inputs; -100 is not trained).
+
+    Args:
+        label_smoothing: share of the target mass spread evenly over the vocabulary, 0 <= value < 1.
+        z_loss: weight of `logsumexp(logits)**2`, which keeps logits from drifting (PaLM, arXiv 2204.02311, used 1e-4).
+    """
+
+    name = "causal_lm"
+
+    def __init__(self, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
+        """The training objective: cross-entropy in nats, with label smoothing and z-loss where they are on."""
+        return _next_token_sums(model, batch, self.label_smoothing, self.z_loss)
+
+    def evaluate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
+        """Plain cross-entropy in nats, whatever the training objective adds to it."""
+        return _next_token_sums(model, batch, 0.0, 0.0)
+
+
+def _next_token_sums(
+    model: nn.Module, batch: Mapping[str, Tensor], label_smoothing: float, z_loss: float
+) -> LossOutput:
+    hidden = model.hidden_states(
+        batch["input_ids"], position_ids=batch.get("position_ids"), document_ids=batch.get("document_ids")
+    )
+    sums = linear_cross_entropy(
+        hidden.flatten(0, 1),
+        model.head_weight,
+        batch["labels"].flatten(),
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+    return LossOutput(loss_sum=sums.loss_sum, count=sums.count)
