@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from trainwright.base.errors import CheckpointError
+from trainwright.base.errors import CheckpointError, RunInUseError, TrainwrightError
 from trainwright.base.events import emit
 from trainwright.checkpoint import discovery, reader
 from trainwright.checkpoint.lock import RunLock
@@ -77,7 +77,7 @@ class Checkpointer:
         self._snapshot = HostSnapshot()
         self._thread: threading.Thread | None = None
         self._cancel = threading.Event()
-        self._error: CheckpointError | None = None
+        self._error: TrainwrightError | None = None
         self._failures = 0
         self._closed = False
         self._collect_litter()
@@ -109,6 +109,7 @@ class Checkpointer:
         Raises:
             CheckpointError: the state holds what cannot be saved; a required save failed; or `max_failures` periodic
                 saves in a row did.
+            RunInUseError: this process lost the lock of the run folder.
         """
         started = time.monotonic()
         if self._closed:
@@ -119,7 +120,7 @@ class Checkpointer:
             return False
         self._join(None)
         if not required:
-            self._raise_if_too_many()
+            self._raise_if_hopeless()
         flat, plain_meta = flatten(state), plain_tree(meta or {})
         if not self.asynchronous:
             self._write(step, flat, plain_meta, started, None)
@@ -137,7 +138,7 @@ class Checkpointer:
             self.wait()
         if self.asynchronous:
             return True
-        self._raise_if_too_many()
+        self._raise_if_hopeless()
         return self._error is None
 
     @property
@@ -149,7 +150,8 @@ class Checkpointer:
         """Wait for the save in flight.
 
         Raises:
-            CheckpointError: the latest save failed.
+            CheckpointError: the latest save failed, as it failed.
+            RunInUseError: it failed because this process lost the lock of the run folder.
         """
         self._join(None)
         error, self._error = self._error, None
@@ -211,7 +213,7 @@ class Checkpointer:
 
     def _note_failure(self, step: int, error: Exception) -> None:
         self._failures += 1
-        if isinstance(error, CheckpointError):
+        if isinstance(error, TrainwrightError):
             self._error = error
         else:
             self._error = CheckpointError(f"checkpoint of step {step} failed: {type(error).__name__}: {error}")
@@ -219,8 +221,12 @@ class Checkpointer:
         reason = "stopped at exit before it was complete" if isinstance(error, Cancelled) else str(self._error)
         emit("checkpoint.failed", step=step, path=str(self.folder), reason=reason, failures_in_a_row=self._failures)
 
-    def _raise_if_too_many(self) -> None:
-        if self._error is not None and self._failures >= self.max_failures and not self.is_busy:
+    def _raise_if_hopeless(self) -> None:
+        if self._error is None or self.is_busy:
+            return
+        if isinstance(self._error, RunInUseError):
+            raise self._error  # somebody else writes here now: waiting will not mend it
+        if self._failures >= self.max_failures:
             raise CheckpointError(
                 f"{self._failures} checkpoints in a row could not be saved; the last error: {self._error.message}",
                 hint=self._error.hint or "mend the disk and resume from the last good checkpoint",

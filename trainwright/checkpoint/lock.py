@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from trainwright.base.errors import RunInUseError
+from trainwright.base.errors import CheckpointError, RunInUseError
 
 __all__ = ["LOCK_NAME", "RunLock", "owner_file", "try_lock"]
 
@@ -49,6 +49,7 @@ class RunLock:
 
     Raises:
         RunInUseError: another process, or this one, holds the folder; says which, where and since when.
+        CheckpointError: the lock file cannot be opened.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -66,7 +67,13 @@ class RunLock:
 
     def _acquire(self) -> int:
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise CheckpointError(
+                    f"the run folder {self.folder} cannot be locked: {self.path.name}: {error.strerror}",
+                    hint="check the permissions of the folder; the lock file must be a plain file",
+                ) from error
             try:
                 taken = try_lock(descriptor)
                 record = _read_record(descriptor)

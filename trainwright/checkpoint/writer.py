@@ -97,7 +97,7 @@ def write_flat(
     fence: Fence | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Saved:
-    """`save_checkpoint` for a state that is flat already; asks `cancelled` every few MiB and raises Cancelled if true."""
+    """`save_checkpoint` for a state that is flat already; asks `cancelled` every few MiB, raises Cancelled if true."""
     started = time.monotonic()
     pieces = whole_pieces(flat.tensors)
     with _as_checkpoint_errors(root, step), Attempt.open(root, step, _bytes_needed(pieces)) as attempt:
