@@ -163,7 +163,9 @@ def _parse_clock(text: str) -> float | None:
     position, total, smallest = 0, Decimal(0), math.inf
     while position < len(text):
         found = _CLOCK_PART.match(text, position)
-        scale = _SECONDS.get(found[2].lower()) if found else None
+        # Single letters as they are: "10m" is ten minutes, but "2M" is a count that lacks its "tokens".
+        unit = found[2].lower() if found and len(found[2]) > 1 else found and found[2]
+        scale = _SECONDS.get(unit) if unit else None
         if not found or scale is None or scale >= smallest:
             return None
         total, smallest, position = total + Decimal(found[1]) * scale, scale, found.end()
