@@ -189,7 +189,7 @@ class TokenDataset:
         input_ids[slot] = tokens.gather(source)
         labels[slot] = tokens.gather(np.minimum(source + 1, len(tokens) - 1))
         labels[slot[np.cumsum(inputs)[self._ends_document(split, start + inputs)] - 1]] = IGNORE
-        arrays = {"input_ids": input_ids, "labels": labels}
+        arrays: Arrays = {"input_ids": input_ids, "labels": labels}
 
         positions = np.tile(np.arange(length, dtype=np.int64), batch)
         if self.manifest.document_mask:

@@ -85,7 +85,9 @@ class Manifest:
     def fingerprint(self) -> str:
         """Names the rows: equal fingerprints give the same rows for the same seed, wherever the folder lies."""
         rows = {
-            "files": {name: facts.to_json() for name, facts in sorted(self.files.items()) if not name.startswith("tokenizer/")},
+            "files": {
+                name: facts.to_json() for name, facts in sorted(self.files.items()) if not name.startswith("tokenizer/")
+            },
             "tokenizer": self.tokenizer_fingerprint,
             "layout": [self.token_dtype, self.sequence_length, self.packing, self.document_mask, self.pad_id],
             "groups": {name: [asdict(group) for group in facts.groups] for name, facts in sorted(self.splits.items())},

@@ -4,8 +4,9 @@ Draw k (0, 1, 2, ... over the whole run, all ranks together) is located in two s
 
 1. `Mixture` says which source draw k belongs to and the how-manieth draw of that source it is. After every k draws each
    source was drawn within one of weight * k times (Tijdeman, "The chairman assignment problem", 1980).
-2. `RowOrder` turns the n-th draw of a source of R rows into its epoch n // R and, through that epoch's keyed permutation, a
-   row. A source that is exhausted starts its next epoch with a new permutation, whatever the others do; nothing is dropped.
+2. `RowOrder` turns the n-th draw of a source of R rows into its epoch n // R and, through that epoch's keyed
+   permutation, a row. A source that is exhausted starts its next epoch with a new permutation, whatever the others
+   do; nothing is dropped.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class RowOrder:
         self._permutations: dict[tuple[int, int], Permutation] = {}
         if len(self.groups) > 1:
             total = sum(group.rows for group in self.groups)
-            self._mixture: Mixture | None = Mixture([g.rows / total if g.weight is None else g.weight for g in self.groups])
+            self._mixture: Mixture | None = Mixture(
+                [g.rows / total if g.weight is None else g.weight for g in self.groups]
+            )
         else:
             self._mixture = None
 

@@ -8,9 +8,9 @@ A row is T input tokens and their T labels (the next tokens). Three modes:
   (Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024), in windows of bounded size.
 - `pad`: one piece per row.
 
-A piece is (start, inputs): inputs at tokens [start, start + inputs), labels one further. With document masking a document
-of L tokens offers L - 1 inputs (its last token has nothing to predict inside the document, so it takes no room); without it
-L inputs, so that the separator stays visible to the documents behind it.
+A piece is (start, inputs): inputs at tokens [start, start + inputs), labels one further. With document masking a
+document of L tokens offers L - 1 inputs (its last token has nothing to predict inside the document, so it takes no
+room); without it L inputs, so that the separator stays visible to the documents behind it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = ["MODES", "PackTable", "Pieces", "best_fit", "concat_rows", "cut_docum
 
 MODES = ("concat", "best_fit", "pad")
 
-# Pieces that one best-fit-decreasing pass sees. A million keeps the pass under ~100 MB and loses at most one part-filled
-# row per length class and window; bigger windows gain nothing measurable.
+# Pieces that one best-fit-decreasing pass sees. A million keeps the pass under ~100 MB and loses at most one
+# part-filled row per length class and window; bigger windows gain nothing measurable.
 WINDOW = 1 << 20
 
 
@@ -116,7 +116,9 @@ def best_fit(lengths: NDArray[np.integer], capacity: int) -> NDArray[np.int64]:
     return bin_of
 
 
-def _fill(bin_of: NDArray[np.int64], items: NDArray[np.int64], rooms: _Rooms, room: int, length: int) -> NDArray[np.int64]:
+def _fill(
+    bin_of: NDArray[np.int64], items: NDArray[np.int64], rooms: _Rooms, room: int, length: int
+) -> NDArray[np.int64]:
     """Put items of one length into the bins that have `room`; gives the items that are left."""
     each = room // length
     bins = rooms.take(room, -(-items.size // each))

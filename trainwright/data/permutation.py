@@ -18,8 +18,8 @@ from trainwright.base.seeds import derive_seed
 __all__ = ["Permutation"]
 
 # Four rounds make a Feistel network indistinguishable from random in theory (Luby and Rackoff 1988) for big domains;
-# eight leave margin. On tiny domains the network is structured whatever the rounds (n = 5, side 3: chi^2/df 5.4 over all
-# 120 orders), so the side is at least 8 (chi^2/df about 1; see tests/unit/data/test_permutation.py).
+# eight leave margin. On tiny domains the network is structured whatever the rounds (n = 5, side 3: chi^2/df 5.4 over
+# all 120 orders), so the side is at least 8 (chi^2/df about 1; see tests/unit/data/test_permutation.py).
 ROUNDS = 8
 MIN_SIDE = 8
 _MAX_SIZE = 2**63

@@ -1,7 +1,7 @@
 """Arrays on disk with a hash per block: written once, memory-mapped, each block checked the first time it is read.
 
-A flipped bit, a truncated or a missing file is named (file and block) and never trained on. xxh3 runs at about 10 GB/s, so
-checking a 1 MiB block on first touch costs a tenth of a millisecond, once.
+A flipped bit, a truncated or a missing file is named (file and block) and never trained on. xxh3 runs at about 10
+GB/s, so checking a 1 MiB block on first touch costs a tenth of a millisecond, once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
     """Write the raw little-endian bytes of an array and make them durable."""
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     with path.open("wb") as file:
-        file.write(memoryview(little).cast("B") if little.size else b"")
+        file.write(little.data.cast("B") if little.size else b"")
         file.flush()
         os.fsync(file.fileno())
 
@@ -86,7 +86,9 @@ class BlockArray:
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}", hint="the dataset is incomplete: build it again") from error
+            raise DataError(
+                f"{path}: {error.strerror or error}", hint="the dataset is incomplete: build it again"
+            ) from error
         if size != facts.bytes:
             raise DataError(
                 f"{path}: {size} bytes, but the manifest says {facts.bytes}",
@@ -94,9 +96,7 @@ class BlockArray:
             )
         kind = np.dtype(dtype).newbyteorder("<")
         self._itemsize = kind.itemsize
-        self._array: NDArray[Any] = (
-            np.memmap(path, dtype=kind, mode="r") if facts.bytes else np.empty(0, dtype=kind)
-        )
+        self._array: NDArray[Any] = np.memmap(path, dtype=kind, mode="r") if facts.bytes else np.empty(0, dtype=kind)
         self._checked = np.zeros(len(facts.blocks), dtype=bool)
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class BlockArray:
 
     def _check_block(self, block: int) -> None:
         raw = self._array.view(np.uint8)[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-        seen = xxhash.xxh3_64_hexdigest(memoryview(raw))
+        seen = xxhash.xxh3_64_hexdigest(raw.data)
         if seen != self.facts.blocks[block]:
             raise DataError(
                 f"{self.path}: block {block} (bytes {block * BLOCK_BYTES} to {block * BLOCK_BYTES + len(raw)}) has the "

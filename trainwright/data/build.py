@@ -1,0 +1,344 @@
+"""`data build`: texts in, a dataset folder out. Parallel, resumable, atomic, and the same bytes however it was made.
+
+    list files -> key -> (exists? done) -> splits -> tokenizer -> tokens -> rows -> hashes -> manifest -> rename
+
+Everything is written to a hidden folder beside the target, which is renamed when it is complete and durable. The key
+names everything that the bytes depend on, so a second build of the same thing opens the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainwright.base.errors import ConfigError, DataError
+from trainwright.base.events import emit
+from trainwright.base.faults import fault_point
+from trainwright.data.corpus import (
+    Corpus,
+    Segment,
+    check_unchanged,
+    decide_splits,
+    list_corpus,
+    read_segments,
+    training_texts,
+)
+from trainwright.data.dataset import TokenDataset
+from trainwright.data.encoding import Encoded, EncoderPool, Framing
+from trainwright.data.finish import finish_dataset
+from trainwright.data.manifest import SCHEMA, Manifest, read_manifest
+from trainwright.data.spec import BuildSpec, TrainTokenizer, default_workers
+from trainwright.data.storage import fsync_folder
+from trainwright.data.writing import TokenWriter
+
+if TYPE_CHECKING:
+    from trainwright.data.tokenizers import Tokenizer
+
+__all__ = ["BuildProgress", "build_dataset", "dataset_key", "prepare_dataset"]
+
+BATCH_CHARACTERS = 1 << 19  # what a worker gets at a time: about 0.2 s of work, so that the last ones end together
+BATCH_SEGMENTS = 4096
+# Below this much text, starting processes costs more than it saves.
+FEWEST_BYTES_PER_WORKER = 4 << 20
+# Text a BPE tokenizer learns from. More changes hardly any of the first 50,000 merges.
+SAMPLE_CHARACTERS = 64 << 20
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """How far a build is. `phase` is "tokenizer", "tokens" or "rows"; bytes are of the source files as stored."""
+
+    phase: str
+    bytes_done: int
+    bytes_total: int
+    tokens: int
+    documents: int
+    seconds: float
+
+
+Progress = Callable[[BuildProgress], None]
+
+
+def prepare_dataset(
+    spec: BuildSpec, cache_dir: str | Path, workers: int | None = None, progress: Progress | None = None
+) -> TokenDataset:
+    """The dataset of `spec`: opened at once if `cache_dir` holds it, built there otherwise."""
+    corpus = list_corpus(spec)
+    tokenizer = _given_tokenizer(spec)
+    key = dataset_key(spec, corpus, tokenizer)
+    name = re.sub(r"[^\w.-]+", "-", Path(spec.sources[0].label).stem).strip("-.")[:40] or "data"
+    folder = Path(cache_dir) / f"{name}-{key[:16]}"
+    _build(spec, corpus, tokenizer, key, folder, workers, progress)
+    return TokenDataset.open(folder)
+
+
+def build_dataset(
+    spec: BuildSpec, out_dir: str | Path, workers: int | None = None, progress: Progress | None = None
+) -> Manifest:
+    """Build the dataset of `spec` in `out_dir`; returns at once when it is there already.
+
+    Args:
+        workers: processes that tokenize; None is the cores this process may use. The result does not depend on it.
+
+    Raises:
+        DataError: the text is missing, empty or malformed, `out_dir` holds something else, or the disk is full.
+    """
+    corpus = list_corpus(spec)
+    tokenizer = _given_tokenizer(spec)
+    return _build(spec, corpus, tokenizer, dataset_key(spec, corpus, tokenizer), Path(out_dir), workers, progress)
+
+
+def _given_tokenizer(spec: BuildSpec) -> Tokenizer | None:
+    """The tokenizer that need not be trained."""
+    if isinstance(spec.tokenizer, TrainTokenizer):
+        return None
+    if isinstance(spec.tokenizer, str):
+        from trainwright.data.tokenizers import load_tokenizer
+
+        return load_tokenizer(spec.tokenizer)
+    return spec.tokenizer
+
+
+def dataset_key(spec: BuildSpec, corpus: Corpus, tokenizer: Tokenizer | None) -> str:
+    """Hash of everything the bytes of a dataset depend on. Names of files are part of it; where they lie is not."""
+    sources = [source.facts() for source in corpus.sources]
+    for facts in sources:
+        facts.pop("source")
+    training = spec.tokenizer if isinstance(spec.tokenizer, TrainTokenizer) else None
+    what = {
+        "schema": SCHEMA,
+        "sources": sources,
+        "weighted": spec.weighted,
+        "tokenizer": tokenizer.fingerprint if tokenizer else repr(training),
+        "rows": [spec.sequence_length, spec.packing, spec.masked],
+        "framing": [spec.append_eos, spec.prepend_bos],
+        "on_error": spec.on_error,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _build(
+    spec: BuildSpec,
+    corpus: Corpus,
+    tokenizer: Tokenizer | None,
+    key: str,
+    out_dir: Path,
+    workers: int | None,
+    progress: Progress | None,
+) -> Manifest:
+    if (found := _existing(out_dir, key)) is not None:
+        return found
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusively(out_dir):
+        if (found := _existing(out_dir, key)) is not None:  # another process built it while this one waited
+            return found
+        partial = out_dir.parent / f".{out_dir.name}.partial"
+        try:
+            manifest = _Builder(spec, corpus, tokenizer, key, partial, workers, progress).run()
+            fault_point("build.before_rename")
+            os.rename(partial, out_dir)
+            fsync_folder(out_dir.parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise _disk_full(corpus, partial) from error
+    return manifest
+
+
+def _existing(out_dir: Path, key: str) -> Manifest | None:
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return None
+    manifest = read_manifest(out_dir) if out_dir.is_dir() else None
+    if manifest is None or manifest.key != key:
+        raise DataError(
+            f"{out_dir} holds something else: {'another dataset' if manifest else 'it is a file'}",
+            hint="give another folder, or delete this one if it is no longer needed",
+        )
+    return manifest
+
+
+@contextlib.contextmanager
+def _exclusively(out_dir: Path) -> Iterator[None]:
+    """One process builds a folder at a time; others wait, then find it built. The lock ends with its process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no flock; two builds at once of one folder are the user's to avoid there
+        yield
+        return
+    with (out_dir.parent / f".{out_dir.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            emit("warning", message=f"another process is building {out_dir}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _disk_full(corpus: Corpus, partial: Path) -> DataError:
+    """Remove what cannot be completed, and say how much room there is and would be needed."""
+    written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
+    shutil.rmtree(partial, ignore_errors=True)
+    free = shutil.disk_usage(partial.parent).free
+    # byte-level BPE gives a token for 3 to 4 bytes of text, 2 bytes each; characters a token a byte: 2 bytes for one
+    return DataError(
+        f"the disk is full: {partial.parent} had room for {written / 2**20:.1f} MiB of the dataset; what was written "
+        f"is removed again, {free / 2**20:.1f} MiB are free now",
+        hint=f"free about {max(2 * corpus.bytes, 2 * written) / 2**20:.0f} MiB (twice the text is always enough), or "
+        "choose another disk (data.cache, or the folder of `data build`)",
+    )
+
+
+class _Builder:
+    """One build, from an open lock to a complete folder that only needs its name."""
+
+    def __init__(
+        self,
+        spec: BuildSpec,
+        corpus: Corpus,
+        tokenizer: Tokenizer | None,
+        key: str,
+        partial: Path,
+        workers: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.spec = spec
+        self.corpus = corpus
+        self.given = tokenizer
+        self.key = key
+        self.partial = partial
+        wanted = default_workers() if workers is None else workers
+        if wanted < 1:
+            raise ConfigError(f"workers is {wanted}; expected at least 1")
+        self.workers = max(1, min(wanted, corpus.bytes // FEWEST_BYTES_PER_WORKER))
+        self.progress = progress
+        self.began = time.monotonic()
+        sizes = [[shard.size or 0 for shard in source.shards] for source in corpus.sources]
+        self._bytes_before = {
+            (s, h): sum(map(sum, sizes[:s])) + sum(sizes[s][:h])
+            for s in range(len(sizes))
+            for h in range(len(sizes[s]))
+        }
+
+    def run(self) -> Manifest:
+        self._start_folder()
+        self.corpus = decide_splits(self.corpus)
+        tokenizer = self._tokenizer()
+        framing = self._framing(tokenizer)
+        writer = TokenWriter(self.partial, self.key, tokenizer.fingerprint, len(self.corpus.sources), framing.dtype)
+        try:
+            self._tokenize(tokenizer, framing, writer)
+            writer.finish()
+        finally:
+            writer.close()
+        self._report("rows", self.corpus.bytes, writer)
+        check_unchanged(self.corpus)
+        return finish_dataset(self.partial, self.spec, self.corpus, self.key, tokenizer, framing, writer.state)
+
+    def _start_folder(self) -> None:
+        """Keep the work of a killed build of the same key; throw away any other."""
+        mark = self.partial / "key"
+        if self.partial.exists() and (not mark.exists() or mark.read_text(encoding="utf-8") != self.key):
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(exist_ok=True)
+        mark.write_text(self.key, encoding="utf-8")
+
+    def _tokenizer(self) -> Tokenizer:
+        """The tokenizer, saved in the dataset's folder: given, trained now, or trained by the build that was killed."""
+        from trainwright.data.tokenizers import load_tokenizer, train_tokenizer
+
+        folder = self.partial / "tokenizer"
+        if folder.exists():
+            return load_tokenizer(str(folder))
+        tokenizer = self.given
+        if tokenizer is None:
+            assert isinstance(self.spec.tokenizer, TrainTokenizer)
+            training = self.spec.tokenizer
+            self._report("tokenizer", 0, None)
+            # every character must be seen for a character vocabulary; merges need only a sample
+            texts = training_texts(self.corpus, None if training.kind == "char" else SAMPLE_CHARACTERS)
+            tokenizer = train_tokenizer(training.kind, None if training.kind == "char" else training.vocab_size, texts)
+        scratch = self.partial / "tokenizer.new"
+        shutil.rmtree(scratch, ignore_errors=True)
+        tokenizer.save(scratch)
+        os.rename(scratch, folder)
+        return tokenizer
+
+    def _framing(self, tokenizer: Tokenizer) -> Framing:
+        if self.spec.append_eos and tokenizer.eos_id is None:
+            raise ConfigError(
+                "append_eos is true, but the tokenizer has no end-of-text token",
+                hint="set data.append_eos: false, or take a tokenizer that has one",
+            )
+        if self.spec.prepend_bos and tokenizer.bos_id is None:
+            raise ConfigError("prepend_bos is true, but the tokenizer has no begin-of-text token")
+        characters = isinstance(self.spec.tokenizer, TrainTokenizer) and self.spec.tokenizer.kind == "char"
+        ends = not characters if self.spec.append_eos is None else self.spec.append_eos
+        return Framing(
+            bos=tokenizer.bos_id if self.spec.prepend_bos else None,
+            eos=tokenizer.eos_id if ends else None,
+            unknown=tokenizer.unk_id,
+            dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+        )
+
+    def _tokenize(self, tokenizer: Tokenizer, framing: Framing, writer: TokenWriter) -> None:
+        """Read, tokenize and write in a pipeline; memory is bounded by the batches in flight."""
+        state = writer.state
+        found = state.problems.from_dict(state.problems.to_dict())
+        segments = read_segments(self.corpus, tokenizer, start=state.cursor, problems=found)
+        waiting: deque[tuple[list[Segment], Future[Encoded]]] = deque()
+        with EncoderPool(tokenizer, self.partial / "tokenizer", framing, self.workers) as pool:
+            for batch in _batches(segments):
+                waiting.append((batch, pool.submit(batch)))
+                if len(waiting) > (2 * self.workers if self.workers > 1 else 0):
+                    self._write(writer, *waiting.popleft())
+            while waiting:
+                self._write(writer, *waiting.popleft())
+        state.problems = found
+        state.cursor = (len(self.corpus.sources), 0, 0)
+
+    def _write(self, writer: TokenWriter, batch: list[Segment], encoded: Future[Encoded]) -> None:
+        writer.write(batch, encoded.result())
+        self._report("tokens", self._bytes_before[batch[-1].source, batch[-1].shard], writer)
+
+    def _report(self, phase: str, done: int, writer: TokenWriter | None) -> None:
+        if self.progress is None:
+            return
+        counts = [one for sources in writer.state.counts.values() for one in sources] if writer else []
+        within = 0
+        if writer and phase == "tokens":  # the part of the current shard, by the bytes of text already tokenized
+            within = max(0, min(sum(one.bytes for one in counts), self.corpus.bytes) - done)
+        self.progress(
+            BuildProgress(
+                phase,
+                done + within,
+                self.corpus.bytes,
+                sum(one.tokens for one in counts),
+                sum(one.documents for one in counts),
+                time.monotonic() - self.began,
+            )
+        )
+
+
+def _batches(segments: Iterator[Segment]) -> Iterator[list[Segment]]:
+    batch: list[Segment] = []
+    characters = 0
+    for segment in segments:
+        batch.append(segment)
+        characters += len(segment.text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_SEGMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,284 @@
+"""Batches for training and evaluation: which rows a step sees is computed, never remembered.
+
+Draw k of a run is row `order(k)`, a pure function of (dataset, seed, k). Step s takes draws [s * B, (s + 1) * B),
+rank r of W the r-th W-th of them. So every world size that divides B sees the same rows in the same step, a resume
+needs one number (rows consumed), and there is no shuffle buffer to lose. The last batch of an epoch runs over into
+the next one.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainwright.base.errors import ConfigError, DataError
+from trainwright.base.faults import fault_point
+from trainwright.data.dataset import IGNORE, TokenDataset
+from trainwright.data.mixture import RowOrder
+
+__all__ = ["Batch", "Loader", "evaluation_batches", "evaluation_rows"]
+
+Batch = dict[str, torch.Tensor]
+
+STATE_SCHEMA = 1
+
+
+class Loader:
+    """Endless batches of a split. Iterate for prefetched batches, or ask for any step with `batch(step)`.
+
+    Args:
+        batch_rows: rows of a global batch (over all ranks, before gradient accumulation divides it).
+        seed: chooses the order of rows.
+        prefetch: batches assembled ahead, by one thread; 0 assembles each when it is asked for.
+
+    Raises:
+        ConfigError: `batch_rows` is not divisible by `world`.
+
+    Attributes:
+        waited: seconds that the consumer spent waiting for batches, in total. Read differences.
+        rows_consumed: global rows handed out so far; the whole state.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batch_rows: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        split: str = "train",
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        if batch_rows < 1 or world < 1 or not 0 <= rank < world:
+            raise ConfigError(f"no batch of {batch_rows} rows for rank {rank} of {world}")
+        if batch_rows % world:
+            lower = batch_rows // world * world
+            near = f"{lower} or {lower + world}" if lower else str(world)
+            raise ConfigError(
+                f"a batch of {batch_rows} rows cannot be divided among {world} processes", hint=f"use {near} rows"
+            )
+        self.dataset = dataset
+        self.batch_rows = batch_rows
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.split = split
+        self.waited = 0.0
+        self.rows_consumed = 0
+        self._source = _Source(
+            dataset, split, RowOrder(dataset.groups(split), seed), batch_rows, rank, world, pin_memory
+        )
+        self._prefetch = prefetch
+        self._ahead: _Prefetcher | None = None
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of one epoch of the split (of all sources of a mixture together)."""
+        return self._source.order.rows
+
+    @property
+    def epoch(self) -> float:
+        """Epochs consumed so far; with a weighted mixture, in rows of all sources together."""
+        return self.rows_consumed / self.rows_per_epoch
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of rows that each source of the mixture really gets."""
+        return self._source.order.weights
+
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """Row numbers that this rank sees in a step."""
+        return self._source.rows(step * self.batch_rows)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0 at the start of the run: pure, from any thread, moves no state."""
+        return self._source.batch(step * self.batch_rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch; raises what assembling it raised (DataError for a damaged block)."""
+        fault_point("data.next", step=self.rows_consumed // self.batch_rows, rank=self.rank)
+        began = time.perf_counter()
+        if self._prefetch < 1:
+            batch = self._source.batch(self.rows_consumed)
+        else:
+            if self._ahead is None:
+                self._ahead = _Prefetcher(self._source, self.rows_consumed, self._prefetch)
+                weakref.finalize(self, self._ahead.stop)
+            try:
+                batch = self._ahead.take()
+            except BaseException:
+                self.close()
+                raise
+        self.waited += time.perf_counter() - began
+        self.rows_consumed += self.batch_rows
+        return batch
+
+    def close(self) -> None:
+        """Stop the prefetch thread. Iterating again starts a new one where this one's consumer stood."""
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A few numbers, the same on every rank and for every world size."""
+        return {
+            "schema": STATE_SCHEMA,
+            "seed": self.seed,
+            "split": self.split,
+            "rows_consumed": self.rows_consumed,
+            "fingerprint": self.dataset.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the rows that were consumed. Raises DataError when the rows would not be the same ones."""
+        if state.get("schema") != STATE_SCHEMA:
+            raise DataError(f"the loader's state has schema {state.get('schema')!r}; this version reads {STATE_SCHEMA}")
+        if state["fingerprint"] != self.dataset.fingerprint:
+            raise DataError(
+                f"the dataset changed: the run was trained on {state['fingerprint']}, but {self.dataset.folder} is "
+                f"{self.dataset.fingerprint}",
+                hint="resume with the text, tokenizer and row settings the run began with, or start a new run",
+            )
+        for name in ("seed", "split"):
+            if state[name] != getattr(self, name):
+                raise DataError(
+                    f"the run drew its rows with {name} {state[name]!r}, now it is {getattr(self, name)!r}",
+                    hint=f"set the {name} back to {state[name]!r}, or start a new run",
+                )
+        self.close()
+        self.rows_consumed = int(state["rows_consumed"])
+
+
+class _Source:
+    """What the prefetch thread needs: shared with the Loader, which it must not keep alive."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        split: str,
+        order: RowOrder,
+        batch_rows: int,
+        rank: int,
+        world: int,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.split = split
+        self.order = order
+        self.batch_rows = batch_rows
+        self.share = batch_rows // world
+        self.first = rank * self.share
+        self.pin_memory = pin_memory
+
+    def rows(self, draw: int) -> NDArray[np.int64]:
+        begin = draw + self.first
+        return self.order(np.arange(begin, begin + self.share, dtype=np.int64))
+
+    def batch(self, draw: int) -> Batch:
+        batch = _tensors(self.dataset.batch(self.split, self.rows(draw)))
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
+
+
+class _Prefetcher:
+    """One thread that assembles the next batches into a bounded queue."""
+
+    def __init__(self, source: _Source, draw: int, depth: int) -> None:
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(
+            target=_produce, args=(source, draw, self._queue, self._stopping), name="prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def take(self) -> Batch:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        self._stopping.set()
+        while True:  # a full queue holds the thread in `put`
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                break
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+
+
+def _produce(source: _Source, draw: int, out: queue.Queue[Batch | BaseException], stopping: threading.Event) -> None:
+    item: Batch | BaseException
+    while not stopping.is_set():
+        try:
+            item = source.batch(draw)
+        except BaseException as error:  # the consumer raises it; a thread's own traceback helps nobody
+            item = error
+        while not stopping.is_set():
+            try:
+                out.put(item, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        if isinstance(item, BaseException):
+            return
+        draw += source.batch_rows
+
+
+def evaluation_rows(
+    dataset: TokenDataset, split: str = "validation", limit_rows: int | None = None
+) -> NDArray[np.int64]:
+    """The rows that an evaluation covers: all, or `limit_rows` spread evenly over the split, always the same ones."""
+    count = dataset.rows(split)
+    if limit_rows is None or limit_rows >= count:
+        return np.arange(count, dtype=np.int64)
+    return np.arange(limit_rows, dtype=np.int64) * count // limit_rows
+
+
+def evaluation_batches(
+    dataset: TokenDataset,
+    batch_rows: int,
+    split: str = "validation",
+    *,
+    rank: int = 0,
+    world: int = 1,
+    limit_rows: int | None = None,
+) -> Iterator[Batch]:
+    """Every evaluation row exactly once over all ranks, in batches of `batch_rows` / `world` rows.
+
+    The last batch is filled up with rows whose labels are all -100, so that shapes stay static and every rank gets the
+    same number of batches: sums of losses and counts of labels come out exact.
+    """
+    if batch_rows % world:
+        raise ConfigError(f"a batch of {batch_rows} rows cannot be divided among {world} processes")
+    rows = evaluation_rows(dataset, split, limit_rows)
+    share = batch_rows // world
+    for begin in range(0, len(rows), batch_rows):
+        mine = rows[begin + rank * share : min(begin + (rank + 1) * share, len(rows))]
+        missing = share - len(mine)
+        batch = dataset.batch(split, np.concatenate([mine, np.repeat(rows[:1], missing)]))
+        batch["labels"][len(mine) :] = IGNORE
+        yield _tensors(batch)
+
+
+def _tensors(arrays: dict[str, NDArray[Any]]) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
