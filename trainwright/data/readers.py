@@ -14,6 +14,7 @@ from typing import Any
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.data.arrow_formats import read_arrow, read_hub, read_parquet
 from trainwright.data.compression import DamagedFileError
+from trainwright.data.delimited import read_delimited
 from trainwright.data.documents import (
     Document,
     OnError,
@@ -25,7 +26,6 @@ from trainwright.data.documents import (
     fields_seen,
     split_of,
 )
-from trainwright.data.delimited import read_delimited
 from trainwright.data.formats import read_json, read_jsonl, read_text
 from trainwright.data.sources import list_shards
 
