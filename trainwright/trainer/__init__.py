@@ -1,0 +1,8 @@
+"""The trainer: settle, build, the loop, callbacks, evaluation, resume, the run folder."""
+
+from trainwright.trainer.callbacks import Callback, EarlyStopping
+from trainwright.trainer.export import export_run
+from trainwright.trainer.settle import Settled, settle
+from trainwright.trainer.trainer import RunResult, Trainer
+
+__all__ = ["Callback", "EarlyStopping", "RunResult", "Settled", "Trainer", "export_run", "settle"]

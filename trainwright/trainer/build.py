@@ -1,0 +1,167 @@
+"""Build a settled run: every part in the order in which it depends on the others, from callables, not names."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from trainwright.base.errors import ConfigError
+from trainwright.base.units import Duration
+from trainwright.checkpoint import Checkpointer
+from trainwright.config import Recipe
+from trainwright.data import Loader, load_tokenizer
+from trainwright.engine import Engine, Precision, compile_blocks, precision
+from trainwright.models import Decoder, build_model, load_pretrained
+from trainwright.optim import EMA, OptimizerOptions, Rule, SpikeGuard, SpikeOptions, build_optimizer, build_schedule
+from trainwright.planner import Plan
+from trainwright.tasks import CausalLM
+from trainwright.trainer.cadence import Cadence
+from trainwright.trainer.callbacks import Callback, EarlyStopping
+from trainwright.trainer.resume import Entered
+from trainwright.trainer.run import Run
+from trainwright.trainer.sampling import Sampling
+from trainwright.trainer.settle import Settled
+
+__all__ = ["build"]
+
+_OPTIMIZER_KEYS = {
+    "beta2_decay": "adafactor_beta2_decay",
+    "update_clip": "adafactor_clip",
+    "lr_adjust": "muon_lr_adjust",
+}
+
+
+def build(
+    settled: Settled,
+    entered: Entered,
+    callbacks: Sequence[Callback],
+    stack: contextlib.ExitStack,
+) -> Run:
+    """Everything a run holds, entered into `stack` where it needs closing."""
+    recipe, plan = settled.loaded.recipe, settled.plan
+    assert settled.dataset is not None, "a dry run is not built"
+    _set_determinism(recipe, settled.device)
+    policy = precision(recipe.precision)
+    model = _build_model(settled, policy)
+    if recipe.train.compile:
+        compile_blocks(model)
+    optimizer = build_optimizer(model.named_parameters(), _optimizer_options(recipe))
+    ema = EMA(model.named_parameters(), decay=recipe.train.ema.decay) if recipe.train.ema is not None else None
+    engine = Engine(
+        model,
+        optimizer,
+        multiplier=_multiplier(recipe, plan),
+        precision=policy,
+        clip_norm=recipe.optim.clip_norm,
+        ema=ema,
+    )
+    loader = stack.enter_context(Loader(settled.dataset, plan.batch_rows, seed=recipe.train.seed))
+    checkpointer = stack.enter_context(
+        Checkpointer(
+            entered.folder.checkpoints,
+            keep=recipe.checkpoint.keep,
+            asynchronous=recipe.checkpoint.asynchronous,
+            lock=entered.lock,
+        )
+    )
+    tokens_per_epoch = settled.dataset.facts("train").trained_tokens
+
+    def cadence(every: Duration | str) -> Cadence:
+        return Cadence(every if isinstance(every, Duration) else None, tokens_per_epoch=tokens_per_epoch)
+
+    return Run(
+        loaded=settled.loaded,
+        plan=plan,
+        folder=entered.folder,
+        device=settled.device,
+        dataset=settled.dataset,
+        tokenizer=load_tokenizer(settled.dataset.tokenizer_folder),
+        task=CausalLM(label_smoothing=recipe.task.label_smoothing, z_loss=recipe.task.z_loss),
+        engine=engine,
+        loader=loader,
+        checkpointer=checkpointer,
+        spikes=SpikeGuard(_spike_options(recipe)),
+        callbacks=_callbacks(recipe, callbacks, cadence),
+        log_cadence=cadence(recipe.monitor.log_every),
+        evaluation_cadence=cadence(recipe.train.eval_every),
+        save_cadence=cadence(recipe.checkpoint.every),
+    )
+
+
+def _set_determinism(recipe: Recipe, device: torch.device) -> None:
+    """On CPU every kernel in use is deterministic for a fixed number of threads; on a GPU torch must be told."""
+    torch.use_deterministic_algorithms(bool(recipe.train.deterministic) and device.type == "cuda")
+
+
+def _build_model(settled: Settled, policy: Precision) -> Decoder:
+    if settled.pretrained is not None:
+        model = load_pretrained(settled.pretrained, dtype=policy.parameter_dtype).to(settled.device)
+    else:
+        model = build_model(
+            settled.model_config,
+            device=settled.device,
+            dtype=policy.parameter_dtype,
+            seed=settled.loaded.recipe.train.seed,
+        )
+    return model.train()
+
+
+def _optimizer_options(recipe: Recipe) -> OptimizerOptions:
+    values: dict[str, Any] = dict(recipe.optim)
+    for key in ("schedule", "clip_norm"):
+        del values[key]
+    rules = tuple(Rule(**dict(rule)) for rule in values.pop("rules"))
+    return OptimizerOptions(**{_OPTIMIZER_KEYS.get(key, key): value for key, value in values.items()}, rules=rules)
+
+
+def _multiplier(recipe: Recipe, plan: Plan) -> Callable[[int], float]:
+    options: dict[str, Any] = dict(recipe.optim.schedule)
+    name, warmup = options.pop("name"), options.pop("warmup")
+    if "cycle_steps" in options:
+        options["cycle_steps"] = int(options["cycle_steps"].value)
+    return build_schedule(name, plan.steps, warmup_steps=_steps(warmup, plan), **options)
+
+
+def _steps(warmup: Duration | float, plan: Plan) -> int:
+    """A warm-up in steps; given as steps, tokens or a fraction of the run."""
+    if not isinstance(warmup, Duration):
+        return round(warmup * plan.steps)
+    if warmup.unit == "steps":
+        return int(warmup.value)
+    if warmup.unit == "tokens":
+        return math.ceil(warmup.value / (plan.tokens / plan.steps))
+    raise ConfigError(
+        f"optim.schedule.warmup is {warmup}", hint="give it in steps or tokens, or as a fraction of the run (0.05)"
+    )
+
+
+def _spike_options(recipe: Recipe) -> SpikeOptions:
+    train = recipe.train
+    return SpikeOptions(
+        on_nonfinite=train.on_nan,
+        on_spike=train.on_spike,
+        sigmas=train.spike.sigma,
+        window=train.spike.window,
+        min_history=min(32, train.spike.window),
+        max_skips=train.max_skips,
+    )
+
+
+def _callbacks(
+    recipe: Recipe, given: Sequence[Callback], cadence: Callable[[Duration | str], Cadence]
+) -> tuple[Callback, ...]:
+    """The recipe's own callbacks, then the caller's; names must differ because they key the saved state."""
+    built: list[Callback] = []
+    if recipe.train.early_stopping is not None:
+        built.append(EarlyStopping(**dict(recipe.train.early_stopping)))
+    if recipe.run.sample is not None:
+        built.append(Sampling(recipe.run.sample, cadence(recipe.run.sample.every)))
+    built.extend(given)
+    names = [callback.name for callback in built]
+    if len(set(names)) != len(names) or "" in names:
+        raise ConfigError(f"callbacks need distinct names that are not empty, seen {names}")
+    return tuple(built)

@@ -1,0 +1,53 @@
+"""Validation: the mean loss over rows that no training step sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainwright.engine import Engine
+from trainwright.tasks import Task
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one pass.
+
+    Attributes:
+        loss: mean cross-entropy per token, nats.
+        tokens: how many tokens it is the mean of.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluate(engine: Engine, task: Task, batches: Iterable[Mapping[str, Tensor]]) -> Evaluation:
+    """Mean loss over all trained tokens of `batches`, with the moving average of the weights where there is one.
+
+    Sums are kept in float64, so the result does not depend on how rows are grouped beyond the forward pass itself.
+    """
+    model = engine.model
+    loss_sum, count = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), engine.averaged(), engine.autocast():
+            for batch in batches:
+                output = task.evaluate(model, batch)
+                loss_sum += float(output.loss_sum)
+                count += int(output.count)
+    finally:
+        model.train(was_training)
+    return Evaluation(loss=loss_sum / count if count else math.nan, tokens=count)

@@ -1,0 +1,128 @@
+"""What a run writes about itself: the resolved recipe, the plan, `run.json`, and the words at its end."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from trainwright.base.events import emit
+from trainwright.base.text import human_bytes, human_count, human_duration
+from trainwright.config import MonitorSection
+from trainwright.monitor import ConsoleSink, JsonlSink, Sink, TensorBoardSink
+from trainwright.trainer.resume import Entered
+from trainwright.trainer.run import Run
+from trainwright.trainer.run_folder import environment, write_json
+from trainwright.trainer.settle import Settled
+
+__all__ = ["begin_session", "console_sink", "end_session", "file_sinks"]
+
+
+def console_sink(section: MonitorSection, memory_total: int) -> ConsoleSink:
+    """Progress for a person."""
+    return ConsoleSink(section.console, memory_total=memory_total)
+
+
+def file_sinks(run: Run, *, resuming: bool) -> Sequence[Sink]:
+    """`metrics.jsonl` and, where it is installed or asked for, TensorBoard; on resume later records are taken out."""
+    resume_step = run.state.step if resuming else None
+    sinks: list[Sink] = [JsonlSink(run.folder.metrics, resume_step=resume_step)]
+    wanted = run.recipe.monitor.tensorboard
+    if wanted is True or (wanted == "auto" and importlib.util.find_spec("tensorboard") is not None):
+        sinks.append(TensorBoardSink(run.folder.tensorboard, resume_step=resume_step))
+    return sinks
+
+
+def begin_session(run: Run, entered: Entered, settled: Settled) -> None:
+    """Write down what is about to run, before the first step."""
+    folder = run.folder
+    folder.recipe.write_text(settled.loaded.to_yaml(), encoding="utf-8")
+    write_json(folder.plan, settled.plan.to_dict())
+    run.tokenizer.save(folder.tokenizer)
+    sessions = [
+        *folder.read_info().get("sessions", []),
+        {"started": _now(), "from_step": run.state.step, "status": "running"},
+    ]
+    folder.update_info(
+        name=folder.path.name,
+        status="running",
+        given=entered.given,
+        seed=run.recipe.train.seed,
+        dataset=run.dataset.fingerprint,
+        model=run.model_fields,
+        parameters=run.plan.parameters,
+        environment=environment(),
+        machine=run.plan.machine,
+        predicted=asdict(run.plan.prediction),
+        sessions=sessions,
+    )
+    emit(
+        "run.start",
+        folder=str(folder.path),
+        step=run.state.step,
+        total_steps=run.plan.steps,
+        parameters=run.plan.parameters,
+        resumed=run.state.step > 0,
+        compiled=bool(run.recipe.train.compile),
+        precision=run.recipe.precision,
+    )
+
+
+def end_session(run: Run, status: str, *, error: str | None = None) -> None:
+    """Write down how this process's part of the run ended."""
+    state = run.state
+    result = {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "skipped": state.skipped,
+        "seconds": state.seconds,
+        "validation_loss": run.last_evaluation.loss if run.last_evaluation else None,
+        "best_loss": state.best_loss if state.best_step >= 0 else None,
+        "best_step": state.best_step if state.best_step >= 0 else None,
+        "baselines": run.baselines,
+    }
+    sessions = run.folder.read_info().get("sessions", [])
+    if sessions:
+        sessions[-1] |= {
+            "ended": _now(),
+            "to_step": state.step,
+            "status": status,
+            **({"error": error} if error else {}),
+        }
+    run.folder.update_info(status=status, result=result, measured=run.measured(), sessions=sessions)
+    emit("run.end", status=status, step=state.step, seconds=state.seconds, text=_last_words(run, status))
+
+
+def _last_words(run: Run, status: str) -> str:
+    folder, state, measured = run.folder.path, run.state, run.measured()
+    rate = measured["tokens_per_second"]
+    lines = [
+        f"{status}: {state.step:,} of {run.plan.steps:,} steps, {human_count(state.tokens)} tokens in"
+        f" {human_duration(state.seconds)}"
+        + (
+            f", {human_count(rate)} tokens/s (predicted {human_count(run.plan.prediction.tokens_per_second)})"
+            if rate
+            else ""
+        )
+        + f", peak memory {human_bytes(measured['memory_bytes'])}"
+    ]
+    if run.last_evaluation is not None:
+        against = ", ".join(f"{name} {loss:.3f}" for name, loss in run.baselines.items())
+        lines.append(
+            f"validation loss {run.last_evaluation.loss:.4f}"
+            + (f" (baselines on the same tokens: {against})" if against else "")
+        )
+    lines.append(f"run folder: {folder}")
+    if status == "finished":
+        lines += [
+            "next:",
+            f"  trainwright generate {folder} --prompt 'def '",
+            f"  trainwright runs show {folder.name}",
+            "  trainwright train YOUR_RECIPE.yaml data.source=YOUR_FILES",
+        ]
+    return "\n".join(lines)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

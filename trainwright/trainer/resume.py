@@ -1,0 +1,119 @@
+"""Enter a run folder, fresh or to continue, and put a continued run back exactly where it stood."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainwright.base.errors import CheckpointError, ConfigError
+from trainwright.base.events import emit
+from trainwright.checkpoint import RunLock
+from trainwright.config import LoadedRecipe, load_recipe
+from trainwright.trainer.run import Run
+from trainwright.trainer.run_folder import RunFolder, find_run
+
+__all__ = ["Entered", "enter_folder", "restore"]
+
+FREE_TO_CHANGE = ("checkpoint.", "monitor.", "run.", "data.cache", "data.workers", "train.threads")
+"""Keys that a resumed run may set anew: none decides what is computed (`train.threads` may change the last bits)."""
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A run folder that is held.
+
+    Attributes:
+        folder: the folder, locked for this process.
+        lock: the lock itself.
+        loaded: the recipe to settle: the given one, or the folder's resolved one with the changes that are allowed.
+        given: the values that somebody set, by dotted key, for the next resume to compare with.
+        resuming: whether there is something to continue.
+    """
+
+    folder: RunFolder
+    lock: RunLock
+    loaded: LoadedRecipe
+    given: dict[str, Any]
+    resuming: bool
+
+
+def enter_folder(loaded: LoadedRecipe, resume: str, stack: contextlib.ExitStack) -> Entered:
+    """Find or make the run's folder and lock it.
+
+    Raises:
+        RunInUseError: another process holds it.
+        ConfigError: a resume with values that change what is computed, or of a run that has finished.
+    """
+    run = loaded.recipe.run
+    folder, resuming = find_run(Path(run.dir), run.name or _name_of(loaded), resume=resume)
+    lock = RunLock(folder.path)
+    stack.callback(lock.release)
+    given = {
+        key: loaded.values()[key]
+        for key, origin in loaded.provenance.items()
+        if origin.kind in ("file", "override", "smoke", "dict")
+    }
+    if not resuming:
+        return Entered(folder, lock, loaded, given, resuming=False)
+    info = folder.read_info()
+    if info.get("status") == "finished":
+        raise ConfigError(
+            f"{folder.path} has finished; there is nothing to resume",
+            hint="start a new run with --resume never, or under another run.name",
+        )
+    before = info.get("given", {})
+    _refuse_changes(before, given, folder)
+    changes = [f"{key}={_yaml(value)}" for key, value in given.items() if _may_change(key) and before.get(key) != value]
+    return Entered(folder, lock, load_recipe(folder.recipe, changes), before | given, resuming=True)
+
+
+def _name_of(loaded: LoadedRecipe) -> str:
+    return loaded.source_path.stem if loaded.source_path is not None else "run"
+
+
+def _may_change(key: str) -> bool:
+    return key.startswith(FREE_TO_CHANGE)
+
+
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
+    changed = [
+        f"{key}: the run has {before.get(key, 'the default')!r}, the recipe now says {now.get(key, 'the default')!r}"
+        for key in sorted(set(before) | set(now))
+        if before.get(key) != now.get(key) and not _may_change(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder.path} cannot be resumed with other values:\n  " + "\n  ".join(changed),
+            hint="set them back, or start a new run under another run.name",
+        )
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return (
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("\n...\n").strip()
+    )
+
+
+def restore(run: Run) -> None:
+    """Load the newest good checkpoint, if there is one; damaged ones are reported by name and passed over.
+
+    Raises:
+        DataError: the dataset is not the one the run was trained on.
+        CheckpointError: no checkpoint is whole, or its tensors are not this model's.
+    """
+    found = run.checkpointer.load_latest(like=None)
+    if found is None:
+        emit("warning", message=f"no checkpoint in {run.folder.checkpoints} yet: starting from the first step")
+        return
+    try:
+        run.load_state_dict(found.state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{found.path} does not fit this run: {error}",
+            hint="resume with the recipe, code and data it was made with",
+        ) from error
+    emit("resume", path=str(found.path), step=run.state.step, total_steps=run.plan.steps)

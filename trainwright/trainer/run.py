@@ -1,0 +1,173 @@
+"""A run in memory: everything `build` made, where it stands, and what it saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainwright.base.device import peak_memory_bytes
+from trainwright.base.errors import CheckpointError
+from trainwright.base.events import emit
+from trainwright.base.protocols import StateDict
+from trainwright.checkpoint import Checkpointer
+from trainwright.config import LoadedRecipe, Recipe
+from trainwright.data import Loader, TokenDataset, Tokenizer, evaluation_batches, evaluation_rows, fit_and_score
+from trainwright.engine import Engine
+from trainwright.models.fields import config_fields
+from trainwright.monitor import ThroughputMeter
+from trainwright.optim import SpikeGuard
+from trainwright.planner import Plan
+from trainwright.tasks import Task
+from trainwright.trainer.cadence import Cadence
+from trainwright.trainer.callbacks import Callback
+from trainwright.trainer.evaluation import Evaluation
+from trainwright.trainer.run_folder import RunFolder
+from trainwright.trainer.state import TrainState
+
+__all__ = ["Run"]
+
+
+@dataclass
+class Run:
+    """One run between `build` and its end.
+
+    Attributes that are not parts: `stop_reason` ends the loop early and orderly when a callback sets it; `diverged`
+    holds the reason when the guard says stop; `baselines` are validation losses of counting models on the same tokens.
+    """
+
+    loaded: LoadedRecipe
+    plan: Plan
+    folder: RunFolder
+    device: torch.device
+    dataset: TokenDataset
+    tokenizer: Tokenizer
+    task: Task
+    engine: Engine
+    loader: Loader
+    checkpointer: Checkpointer
+    spikes: SpikeGuard
+    callbacks: tuple[Callback, ...]
+    log_cadence: Cadence
+    evaluation_cadence: Cadence
+    save_cadence: Cadence
+    state: TrainState = field(default_factory=TrainState)
+    last_evaluation: Evaluation | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
+    stop_reason: str | None = None
+    diverged: str | None = None
+    meter: ThroughputMeter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.meter = ThroughputMeter(flops_per_token=self.plan.flops_per_token, peak_flops=self.plan.peak_flops)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def model_fields(self) -> StateDict:
+        """The model's configuration as JSON, from which an equal model is built."""
+        return config_fields(self.engine.model.config)
+
+    def start(self) -> None:
+        """Count the baselines, allocate and start what runs beside the loop; called once, after a restore."""
+        if self.validation_rows:
+            rows = evaluation_rows(self.dataset, limit_rows=self.validation_rows)
+            self.baselines = fit_and_score(self.dataset, rows=rows).to_dict()
+        self.checkpointer.prepare(self.state_dict())
+        for callback in self.callbacks:
+            callback.on_run_start(self)
+
+    # --- data ---
+
+    def next_batch(self) -> tuple[dict[str, Tensor], float]:
+        """The batch of the coming step, and how many seconds training waited for it."""
+        began = time.perf_counter()
+        batch = next(self.loader)
+        return batch, time.perf_counter() - began
+
+    @property
+    def validation_rows(self) -> int:
+        """Rows of one evaluation, always the same ones; 0 where there is no validation."""
+        if "validation" not in self.dataset.splits or self.recipe.train.eval_every == "never":
+            return 0
+        rows = self.dataset.rows("validation")
+        wanted = self.recipe.train.eval_tokens
+        if wanted == "all":
+            return rows
+        return min(rows, max(1, int(wanted) // self.recipe.data.sequence_length))
+
+    def validation_batches(self) -> Iterator[dict[str, Tensor]] | None:
+        """The evaluation's batches, in the shape that training compiled for; None where there is no validation."""
+        if not self.validation_rows:
+            return None
+        batches = evaluation_batches(self.dataset, self.plan.micro_rows, limit_rows=self.validation_rows)
+        return ({key: value.to(self.device) for key, value in batch.items()} for batch in batches)
+
+    # --- guard ---
+
+    def guard(self, loss: float, grad_norm: float) -> bool:
+        """Whether the step may be taken; notes why not."""
+        decision = self.spikes.decide(loss, grad_norm)
+        if decision.verdict == "ok":
+            return True
+        message = f"step {self.state.step + 1}: {decision.reason}"
+        if decision.verdict == "stop":
+            self.diverged = message
+        else:
+            emit("warning", message=f"{message}; the step is skipped", step=self.state.step + 1)
+        return False
+
+    # --- state ---
+
+    def state_dict(self) -> StateDict:
+        """The one dict that is saved: whatever a resumed run needs to go on bit for bit."""
+        return {
+            "engine": self.engine.state_dict(),
+            "train": self.state.state_dict(),
+            "loader": self.loader.state_dict(),
+            "spikes": self.spikes.state_dict(),
+            "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
+        }
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Inverse of `state_dict`. Callbacks that are new since the save start fresh; lost ones are an error."""
+        known = {callback.name: callback for callback in self.callbacks}
+        lost = sorted(set(state["callbacks"]) - set(known))
+        if lost:
+            raise CheckpointError(
+                f"the checkpoint holds state of callbacks that this run does not have: {', '.join(lost)}",
+                hint="pass the same callbacks, or start a new run",
+            )
+        self.engine.load_state_dict(state["engine"])
+        self.state.load_state_dict(state["train"])
+        self.loader.load_state_dict(state["loader"])
+        self.spikes.load_state_dict(state["spikes"])
+        for name, saved in state["callbacks"].items():
+            known[name].load_state_dict(saved)
+
+    def save(self, *, final: bool = False) -> None:
+        """Save now; a final save is on the disk when this returns."""
+        meta = {
+            "model": self.model_fields,
+            "dataset": self.dataset.fingerprint,
+            "tokens": self.state.tokens,
+            "validation_loss": self.last_evaluation.loss if self.last_evaluation else None,
+        }
+        self.checkpointer.save(self.state.step, self.state_dict(), meta, required=final)
+
+    # --- end ---
+
+    def measured(self) -> dict[str, Any]:
+        """What the run really cost, to stand beside the prediction."""
+        return {
+            "tokens_per_second": self.meter.tokens_per_second,
+            "mfu": self.meter.mfu,
+            "seconds": self.state.seconds,
+            "memory_bytes": peak_memory_bytes(),
+        }

@@ -1,0 +1,113 @@
+"""Settle a run before anything is built: measure the machine, prepare the data, resolve every "auto"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trainwright.base.device import device_facts, measure_matmul_peak
+from trainwright.base.events import emit
+from trainwright.config import LoadedRecipe
+from trainwright.data import BuildSpec, TokenDataset, build_spec, prepare_dataset
+from trainwright.models import ModelConfig, check_vocabulary, count_flops, count_parameters
+from trainwright.planner import DataFacts, MachineFacts, ModelFacts, Plan, resolve
+from trainwright.trainer.estimate import estimate_data
+from trainwright.trainer.model_section import model_source
+
+__all__ = ["Settled", "machine_facts", "settle"]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A run that only needs building.
+
+    Attributes:
+        loaded: the recipe with every "auto" replaced; its provenance names the planner's reasons.
+        plan: the decisions and predictions.
+        model_config: the family's configuration, vocabulary settled.
+        pretrained: folder of the weights to start from, None for random ones.
+        dataset: the built dataset; None in a dry run that found none in the cache.
+        device: where the model goes.
+    """
+
+    loaded: LoadedRecipe
+    plan: Plan
+    model_config: ModelConfig
+    pretrained: str | None
+    dataset: TokenDataset | None
+    device: torch.device
+
+
+def settle(loaded: LoadedRecipe, *, build_data: bool = True) -> Settled:
+    """Resolve a recipe against this machine and its data.
+
+    Args:
+        loaded: the recipe as written.
+        build_data: tokenize and pack what is not in the cache yet. False estimates from file sizes instead.
+    """
+    recipe = loaded.recipe
+    threads = device_facts().cores if recipe.train.threads == "auto" else recipe.train.threads
+    torch.set_num_threads(threads)
+    source = model_source(recipe.model)
+    spec = build_spec(recipe.data, model_tokenizer=source.tokenizer)
+    dataset, data = _data(spec, loaded, build_data)
+    model_config = source.config_for(data.vocab_size, data.sequence_length)
+    if dataset is not None and source.pretrained is not None:
+        check_vocabulary(model_config, data.vocab_size)
+    machine = machine_facts()
+    plan = resolve(recipe, machine, data, _model_facts(model_config, data.sequence_length))
+    plan = plan.with_decisions(source.decisions(model_config, data.vocab_size))
+    emit("plan", text=plan.describe(), plan=plan.to_dict())
+    return Settled(
+        loaded=loaded.resolve(plan.updates()),
+        plan=plan,
+        model_config=model_config,
+        pretrained=source.pretrained,
+        dataset=dataset,
+        device=torch.device(machine.kind),
+    )
+
+
+def machine_facts() -> MachineFacts:
+    """The machine, with its matrix-product rates measured now (about three seconds)."""
+    facts = device_facts()
+    peak = {"fp32": measure_matmul_peak(facts.kind, torch.float32)}
+    if facts.bf16:
+        peak["bf16"] = measure_matmul_peak(facts.kind, torch.bfloat16)
+    return MachineFacts(
+        kind=facts.kind,
+        name=facts.name,
+        cores=facts.cores,
+        memory_bytes=facts.memory_bytes,
+        bf16=facts.bf16,
+        compiler=facts.compiler,
+        peak=peak,
+    )
+
+
+def _data(spec: BuildSpec, loaded: LoadedRecipe, build_data: bool) -> tuple[TokenDataset | None, DataFacts]:
+    section = loaded.recipe.data
+    if not build_data:
+        return None, estimate_data(spec)
+    workers = None if section.workers == "auto" else section.workers
+    dataset = prepare_dataset(spec, section.cache, workers)
+    train = dataset.facts("train")
+    validation = dataset.rows("validation") if "validation" in dataset.splits else 0
+    return dataset, DataFacts(
+        train_rows=train.rows,
+        validation_rows=validation,
+        sequence_length=section.sequence_length,
+        trained_per_row=train.trained_tokens / train.rows,
+        vocab_size=dataset.manifest.vocab_size,
+    )
+
+
+def _model_facts(config: ModelConfig, sequence_length: int) -> ModelFacts:
+    return ModelFacts(
+        parameters=count_parameters(config),
+        flops_per_token=count_flops(config, sequence_length),
+        layers=config.num_layers,
+        width=config.hidden_size,
+        vocab_size=config.vocab_size,
+    )

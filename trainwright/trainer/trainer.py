@@ -1,0 +1,226 @@
+"""The trainer: one loop for every task, from a recipe to a run folder.
+
+    Trainer("recipe.yaml").fit()
+
+`fit` reads on one screen: settle the plan, build, restore, then the loop of `_train`, then `_finish`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainwright.base.device import device_facts, memory_bytes, peak_memory_bytes
+from trainwright.base.errors import DivergedError, Interrupted, MemoryLimitError
+from trainwright.base.events import emit
+from trainwright.base.faults import fault_point
+from trainwright.base.seeds import derive_seed
+from trainwright.config import LoadedRecipe, load_recipe
+from trainwright.engine import StepReport
+from trainwright.monitor import Monitor
+from trainwright.trainer.build import build
+from trainwright.trainer.callbacks import Callback
+from trainwright.trainer.evaluation import Evaluation, evaluate
+from trainwright.trainer.export import export_model
+from trainwright.trainer.records import begin_session, console_sink, end_session, file_sinks
+from trainwright.trainer.resume import enter_folder, restore
+from trainwright.trainer.run import Run
+from trainwright.trainer.settle import settle
+from trainwright.trainer.signals import StopRequest
+
+__all__ = ["RunResult", "Trainer"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a run.
+
+    Attributes:
+        folder: the run folder; `folder/model` is the trained model.
+        steps, tokens: optimizer steps and trained tokens done.
+        validation_loss: mean nats per token at the end, None without validation rows.
+        seconds: spent in training steps.
+    """
+
+    folder: Path
+    steps: int
+    tokens: int
+    validation_loss: float | None
+    seconds: float
+
+
+class Trainer:
+    """Trains what a recipe describes.
+
+    Args:
+        recipe: path of a recipe, name of a built-in one, the same as a dict, or what `load_recipe` returned.
+        overrides: `key=value` strings, as on the command line.
+        resume: "never", "auto" or the path of a run folder.
+        callbacks: called at the moments that `Callback` names, after the built-in ones.
+    """
+
+    def __init__(
+        self,
+        recipe: LoadedRecipe | Mapping[str, Any] | str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        resume: str = "never",
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe, overrides)
+        self.resume = resume
+        self.callbacks = tuple(callbacks)
+
+    def fit(self) -> RunResult:
+        """Run to the end of the recipe's budget.
+
+        Raises:
+            Interrupted: a stop was requested; everything is saved and the run can be resumed.
+            DivergedError: the loss became NaN or spiked and the policy says stop.
+            TrainwrightError: of the kinds that `trainwright.base.errors` lists, for input that cannot be used.
+        """
+        with contextlib.ExitStack() as stack:
+            entered = enter_folder(self.loaded, self.resume, stack)
+            recipe = entered.loaded.recipe
+            stack.enter_context(Monitor([console_sink(recipe.monitor, device_facts().memory_bytes)]))
+            stop = stack.enter_context(StopRequest())
+            settled = settle(entered.loaded)
+            run = build(settled, entered, self.callbacks, stack)
+            if entered.resuming:
+                restore(run)
+            stack.enter_context(Monitor(file_sinks(run, resuming=entered.resuming)))
+            begin_session(run, entered, settled)
+            return self._guarded(run, stop)
+
+    def _guarded(self, run: Run, stop: StopRequest) -> RunResult:
+        """Train to the end; however it ends, `run.json` says so."""
+        try:
+            self._train(run, stop)
+            result = self._finish(run)
+        except BaseException as error:
+            status = {Interrupted: "interrupted", DivergedError: "diverged"}.get(type(error), "failed")
+            end_session(
+                run, status, error=None if isinstance(error, Interrupted) else f"{type(error).__name__}: {error}"
+            )
+            if (explained := _as_memory_error(error, run)) is not None:
+                raise explained from error
+            raise
+        end_session(run, "finished")
+        return result
+
+    def _train(self, run: Run, stop: StopRequest) -> None:
+        state, plan = run.state, run.plan
+        run.start()
+        while state.step < plan.steps and run.stop_reason is None:
+            began = time.perf_counter()
+            batch, waited = run.next_batch()
+            report = self._step(run, batch)
+            previous_tokens = state.tokens
+            state.step += 1
+            state.tokens += int(report.tokens)
+            state.skipped += report.skipped
+            state.seconds += (seconds := time.perf_counter() - began)
+            run.meter.step(tokens=int(report.tokens), seconds=seconds, waited=waited)
+            moment = {"step": state.step, "tokens": state.tokens, "previous_tokens": previous_tokens}
+            if run.log_cadence.due(**moment) or state.step in (1, plan.steps):
+                self._report(run, report, seconds)
+            for callback in run.callbacks:
+                callback.on_step_end(run, report)
+            if run.evaluation_cadence.due(**moment):
+                self.evaluate(run)
+            if run.diverged is not None:
+                run.save(final=True)
+                raise DivergedError(run.diverged, hint="lower optim.lr, raise the warm-up, or set train.on_spike=skip")
+            if stop.requested is not None:
+                run.save(final=True)
+                raise Interrupted(
+                    f"stopped by {stop.requested} after step {state.step} of {plan.steps}; everything is saved",
+                    hint="go on with: trainwright train RECIPE --resume auto",
+                )
+            if run.save_cadence.due(**moment) and state.step < plan.steps:
+                run.save()
+
+    def _step(self, run: Run, batch: Mapping[str, torch.Tensor]) -> StepReport:
+        """Forward and backward over the micro-batches of one batch, then one optimizer step."""
+        torch.manual_seed(derive_seed(run.recipe.train.seed, "step", run.state.step))
+        engine, rows = run.engine, run.plan.micro_rows
+        for first in range(0, run.plan.batch_rows, rows):
+            micro_batch = {key: value[first : first + rows].to(run.device) for key, value in batch.items()}
+            with engine.autocast():
+                output = run.task.loss(engine.model, micro_batch)
+            engine.backward(output)
+        fault_point("step.after_backward", step=run.state.step)
+        return engine.step(run.guard)
+
+    def _report(self, run: Run, report: StepReport, seconds: float) -> None:
+        state, plan, meter = run.state, run.plan, run.meter
+        emit(
+            "step",
+            step=state.step,
+            total_steps=plan.steps,
+            tokens=state.tokens,
+            loss=float(report.loss),
+            grad_norm=float(report.grad_norm),
+            lr=report.lr,
+            tokens_per_second=meter.tokens_per_second,
+            mfu=meter.mfu,
+            data_wait=meter.data_wait,
+            memory_bytes=memory_bytes(),
+            peak_memory_bytes=peak_memory_bytes(),
+            eta_seconds=meter.eta_seconds(plan.steps - state.step),
+            step_seconds=seconds,
+            skipped=report.skipped,
+        )
+
+    def evaluate(self, run: Run) -> Evaluation | None:
+        """Validation loss now; None when the recipe has no validation rows."""
+        batches = run.validation_batches()
+        if batches is None or run.state.last_evaluation == run.state.step:
+            return run.last_evaluation
+        result = evaluate(run.engine, run.task, batches)
+        state = run.state
+        state.evaluations += 1
+        state.last_evaluation = state.step
+        if result.loss < state.best_loss:
+            state.best_loss, state.best_step = result.loss, state.step
+        run.last_evaluation = result
+        emit(
+            "eval",
+            step=state.step,
+            tokens=state.tokens,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            evaluated_tokens=result.tokens,
+            baselines=run.baselines,
+        )
+        for callback in run.callbacks:
+            callback.on_evaluation(run, result)
+        return result
+
+    def _finish(self, run: Run) -> RunResult:
+        result = self.evaluate(run)
+        run.save(final=True)
+        for callback in run.callbacks:
+            callback.on_run_end(run)
+        export_model(run)
+        state = run.state
+        return RunResult(run.folder.path, state.step, state.tokens, result.loss if result else None, state.seconds)
+
+
+def _as_memory_error(error: BaseException, run: Run) -> MemoryLimitError | None:
+    """What to change when `error` says that memory ran out; None for every other error."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in text:
+        return None
+    rows = run.plan.micro_rows
+    smaller = f"train.micro_batch={rows // 2}" if rows > 1 else "a shorter data.sequence_length or a smaller model"
+    return MemoryLimitError(
+        f"out of memory at step {run.state.step + 1}: {text.splitlines()[0]}",
+        hint=f"try {smaller}, or optim.name=adafactor; --resume auto goes on from the last checkpoint",
+    )
