@@ -24,7 +24,7 @@ QUIET_KINDS = frozenset({"warning", "checkpoint.failed"})
 
 
 def choose_mode(mode: ConsoleMode, stream: IO[str]) -> Literal["rich", "plain", "quiet"]:
-    """What `auto` means: a live line on a terminal; plain lines in a pipe or CI job, on a dumb terminal, with NO_COLOR."""
+    """What `auto` means: a live line on a terminal; plain lines in a pipe, in CI, on a dumb one or with NO_COLOR."""
     if mode != "auto":
         return mode
     told_plain = any(os.environ.get(name) for name in ("NO_COLOR", "CI")) or os.environ.get("TERM") == "dumb"

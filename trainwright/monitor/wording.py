@@ -15,7 +15,7 @@ SEPARATOR = " | "
 
 
 class LossAverage:
-    """Running average of the shown losses, corrected for its start as Adam's is; losses that are not finite are left out."""
+    """Running average of the shown losses, corrected for its start as Adam's is; non-finite losses are left out."""
 
     def __init__(self, decay: float = 0.9) -> None:
         self._decay = decay
