@@ -1,0 +1,80 @@
+"""From a path to a generator: a run folder, finished or not, or any Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trainwright.base.device import device_facts
+from trainwright.base.errors import CheckpointError, ModelError
+from trainwright.checkpoint import latest, load_checkpoint
+from trainwright.data import load_tokenizer
+from trainwright.inference.generate import Generator
+from trainwright.inference.options import GenerationOptions, options_from_hf
+from trainwright.models import Decoder, build_model, load_pretrained
+from trainwright.models.fields import config_from_fields
+from trainwright.models.importing import read_json
+
+__all__ = ["load_generator"]
+
+
+def load_generator(
+    path: str | Path, *, device: torch.device | str = "auto", dtype: torch.dtype | None = None
+) -> Generator:
+    """The model and tokenizer at `path`, ready to write.
+
+    path: a Hugging Face folder; or a run folder, of which the exported `model/` is taken, else the newest checkpoint
+        that can be believed (averaged weights where the run keeps them).
+    device: "auto" takes CUDA, then MPS, then the CPU. dtype: None keeps that of the stored weights, but widens float16
+        to float32 on a CPU, which computes it slowly.
+
+    Raises:
+        ModelError: there is no model at `path`, or it cannot be used. CheckpointError: every checkpoint is damaged.
+        DataError: the tokenizer is missing or malformed.
+    """
+    path = Path(path)
+    target = torch.device(device_facts().kind if device == "auto" else device)
+    if (path / "config.json").is_file():
+        return _from_folder(path, target, dtype)
+    if (path / "model" / "config.json").is_file():
+        return _from_folder(path / "model", target, dtype)
+    if (path / "checkpoints").is_dir():
+        return _from_checkpoint(path, target, dtype)
+    what = "is not a folder" if not path.is_dir() else "holds neither config.json, nor model/, nor checkpoints/"
+    raise ModelError(f"no model at {path}: it {what}", hint="give a run folder or a Hugging Face model folder")
+
+
+def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Generator:
+    model = load_pretrained(folder, dtype=dtype, device="cpu")
+    defaults = GenerationOptions()
+    if (folder / "generation_config.json").is_file():
+        defaults = options_from_hf(read_json(folder / "generation_config.json"))
+    return Generator(_place(model, device), load_tokenizer(str(folder)), defaults=defaults)
+
+
+def _from_checkpoint(run: Path, device: torch.device, dtype: torch.dtype | None) -> Generator:
+    newest = latest(run / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"{run} has no checkpoint yet and no exported model", hint="wait for the first save")
+    state, meta = load_checkpoint(newest)
+    try:
+        config, weights = config_from_fields(meta["model"]), dict(state["engine"]["model"])
+    except KeyError as error:
+        raise CheckpointError(f"{newest} holds no model ({error.args[0]!r} is missing)") from error
+    weights.update(state["engine"].get("ema", {}).get("averages", {}))
+    model = build_model(config, device="meta", dtype=dtype or next(iter(weights.values())).dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise CheckpointError(f"{newest}: {name} is missing or not of shape {list(parameter.shape)}")
+            parameter.copy_(weights[name])
+    return Generator(_place(model.eval(), device), load_tokenizer(str(run / "tokenizer")))
+
+
+def _place(model: Decoder, device: torch.device) -> Decoder:
+    if device.type == "cpu" and model.embedding.weight.dtype == torch.float16:
+        model = model.float()
+    return model.to(device)
