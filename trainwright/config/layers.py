@@ -42,6 +42,14 @@ class Layers:
                 return found
         return Origin("default")
 
+    def where(self, path: Path) -> str:
+        """The place to show for a problem at `path`: where it, or something inside it, or what it is in was written."""
+        if path not in self.origins:
+            inside = [origin for known, origin in self.origins.items() if known[: len(path)] == path and path]
+            if inside:
+                return inside[-1].where
+        return self.origin(path).where
+
     def override(self, text: str) -> list[Problem]:
         """Apply one `key=value` or `~key` of the command line."""
         where = f"override {text}"

@@ -178,7 +178,7 @@ def _validate(layers: Layers, name: str) -> Recipe:
     try:
         return Recipe.model_validate(layers.value)
     except ValidationError as error:
-        problems = from_validation(error, lambda path: layers.origin(path).where or name, section_of_key)
+        problems = from_validation(error, lambda path: layers.where(path) or name, section_of_key)
         raise _Invalid(name, problems) from None
 
 

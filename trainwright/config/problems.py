@@ -59,8 +59,10 @@ def from_validation(
         if details["type"] == "unknown_key":
             better = elsewhere(str(path[-1])) if not hint and expected.startswith("one of the keys") else None
             hint = f" Did you mean {better!r}?" if better else hint
-            text = f"unknown key; expected {expected}" if expected.startswith("one of") else expected
-            message = f"{text}.{hint}"
+            if expected.startswith("one of"):
+                message = f"unknown key.{hint}" if hint else f"unknown key; expected {expected}."
+            else:
+                message = f"{expected}."
         elif details["type"] == "missing":
             message = f"missing; expected {expected}.{hint}"
         elif expected.startswith("no such key here"):

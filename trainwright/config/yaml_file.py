@@ -137,6 +137,8 @@ class _Builder:
         above = (*above, id(node))
         if isinstance(node, ScalarNode):
             return self._scalar(node, path)
+        if node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+            self._complain(f"seen the tag {node.tag!r}; tags are not allowed", node, path)
         if isinstance(node, SequenceNode):
             return [self.build(item, (*path, i), above) for i, item in enumerate(node.value)]
         assert isinstance(node, MappingNode)
