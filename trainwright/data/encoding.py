@@ -36,6 +36,7 @@ __all__ = ["Encoded", "EncoderPool", "Framing", "encode"]
 
 FIRST, LAST = 1, 2
 _HEAD = struct.Struct("<Q")
+_MAIN = "from trainwright.data.encoding import worker_main; worker_main()"
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class _Worker:
             "unknown": framing.unknown, "dtype": framing.dtype,
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainwright.data.encoding", json.dumps(settings)],
+            [sys.executable, "-c", _MAIN, json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -244,7 +245,8 @@ def _serve(settings: dict[str, Any], requests: IO[bytes], answers: IO[bytes]) ->
             _send(answers, b"", found.lengths.tobytes(), found.unknown.tobytes(), found.tokens.tobytes())
 
 
-if __name__ == "__main__":
+def worker_main() -> None:
+    """Entry point of a worker process: settings in the first argument, batches on stdin, answers on stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints goes to stderr, not into the answers

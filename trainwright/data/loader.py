@@ -13,10 +13,9 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from trainwright.base.errors import ConfigError, DataError
@@ -24,9 +23,12 @@ from trainwright.base.faults import fault_point
 from trainwright.data.dataset import IGNORE, TokenDataset
 from trainwright.data.mixture import RowOrder
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["Batch", "Loader", "evaluation_batches", "evaluation_rows"]
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, "torch.Tensor"]
 
 STATE_SCHEMA = 1
 
@@ -281,4 +283,6 @@ def evaluation_batches(
 
 
 def _tensors(arrays: dict[str, NDArray[Any]]) -> Batch:
+    import torch  # here, not above: building a dataset needs no torch, and it takes seconds to import
+
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
