@@ -19,7 +19,7 @@ __all__ = ["TEXT_FORMATS", "decoded_lines", "read_json", "read_jsonl", "read_tex
 
 _CODE = (
     "py pyi ipy js mjs cjs jsx ts tsx c cc cpp cxx h hh hpp hxx java go rs rb sh bash zsh html htm css scss kt kts "
-    "scala swift php pl pm lua r jl sql cs fs m mm hs ml mli ex exs erl clj el lisp vue svelte tex rst cu cuh proto cmake"
+    "scala swift php pl pm lua r jl sql cs fs m mm hs ml mli ex exs erl clj el lisp vue svelte tex rst cu cuh proto"
 )
 TEXT_FORMATS: dict[str, str] = {
     **dict.fromkeys((f".{name}" for name in _CODE.split()), "text"),

@@ -124,7 +124,8 @@ def _text_of(row: Row, text_field: str, policy: Policy, render: Render | None) -
     if not found:
         value = render(fields) if render is not None else None
         if value is None:
-            return _report_missing(row, text_field, fields, policy)
+            _report_missing(row, text_field, fields, policy)
+            return None
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         policy.report("not-a-string", f"{row.where}: field {text_field!r} is {kind} ({value!r:.60}); expected a string")

@@ -6,6 +6,7 @@ directly. The `tokenizer.bin` files of llama2.c hold the same vocabulary in a si
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,8 +50,9 @@ class _Vocabulary:
 def read_sentencepiece(path: Path, *, add_bos: bool | None = None, add_eos: bool | None = None) -> Tokenizer:
     """The tokenizer of a SentencePiece `.model` file (BPE, Unigram or character).
 
-    `add_bos` and `add_eos` say what `encode(add_special=True)` adds; by default a BPE model adds its bos token, as Llama
-    and Mistral do, and others add nothing. Raises DataError for a damaged file or one that cannot be matched exactly.
+    `add_bos` and `add_eos` say what `encode(add_special=True)` adds; by default a BPE model adds its bos token,
+    as Llama and Mistral do, and others add nothing. Raises DataError for a damaged file, and for a model that
+    `tokenizers` cannot match exactly.
     """
     data = path.read_bytes()
     try:
@@ -75,9 +77,9 @@ def read_sentencepiece(path: Path, *, add_bos: bool | None = None, add_eos: bool
 
 
 def read_llama2c_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a llama2.c `tokenizer.bin`: int32 longest piece, then for each id float32 score, int32 length, bytes.
+    """The tokenizer of a llama2.c `tokenizer.bin`: int32 longest piece, then float32 score, int32 length, bytes per id.
 
-    The file leaves out the types: ids 0 to 2 are <unk>, <s>, </s> and 3 to 258 the bytes, as in every Llama 2 vocabulary.
+    The file leaves out the types: ids 0 to 2 are <unk>, <s>, </s>, and 3 to 258 the bytes, as in every Llama 2 model.
     """
     data = path.read_bytes()
     pieces: list[_Piece] = []
@@ -237,16 +239,20 @@ def _model(vocabulary: _Vocabulary) -> models.Model:
 
 
 def _merges(pieces: list[_Piece]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best score first: SentencePiece merges any pair whose union is known."""
+    """Every way to join two pieces into a third, best score first, as SentencePiece merges any pair with a known union.
+
+    It breaks ties by position, which lets a run of spaces (whose pieces share one score) grow from its left end; longer
+    left parts first does the same here, where ties are broken by rank.
+    """
     mergeable = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}
-    ranked: list[tuple[float, int, str, str]] = []
+    ranked: list[tuple[float, int, int, str, str]] = []
     for text, score in mergeable.items():
         for cut in range(1, len(text)):
             left, right = text[:cut], text[cut:]
             if left in mergeable and right in mergeable:
-                ranked.append((-score, cut, left, right))
+                ranked.append((-score, -len(left), -len(right), left, right))
     ranked.sort()
-    return [(left, right) for _, _, left, right in ranked]
+    return [(left, right) for _, _, _, left, right in ranked]
 
 
 def _add_normalization(core: rust.Tokenizer, vocabulary: _Vocabulary, *, by_segment: bool) -> None:
@@ -266,3 +272,7 @@ def _add_normalization(core: rust.Tokenizer, vocabulary: _Vocabulary, *, by_segm
     core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     if vocabulary.dummy_prefix and not by_segment:
         core.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    elif not any(re.search(f"[^{_SPACE}]{_SPACE}", piece.text) for piece in vocabulary.pieces):
+        # no piece reaches over the beginning of a word, so words can be cut apart first: the same ids, from the cache
+        words = rust.Regex(f"{_SPACE}+[^{_SPACE}]*|[^{_SPACE}]+")
+        core.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")

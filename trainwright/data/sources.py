@@ -95,7 +95,7 @@ def _folder_shards(source: str, fs: Any, root: str) -> list[Shard]:
         seen = f"{others} files with other endings" if others else "no files"
         raise DataError(
             f"{source}: the folder holds no file of a known format ({seen})",
-            hint=f"known endings, each also .gz or .zst: {' '.join(sorted(FORMATS))}; a glob such as '*.en' takes others",
+            hint=f"known endings (also with .gz, .zst): {' '.join(sorted(FORMATS))}; a glob like '*.en' takes others",
         )
     return shards
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import jinja2.ext
@@ -221,10 +221,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return result
 
 
-def _call(function: Callable[..., Any], *arguments: nodes.Expr) -> nodes.Expr:
+def _call(function: Callable[..., Any], *arguments: nodes.Node) -> nodes.Node:
     """The AST of a call to one of our own functions, which no template can name."""
     target = nodes.ImportedName(f"{__name__}.{function.__name__}")
-    return nodes.Call(target, list(arguments), [], None, None).set_lineno(arguments[0].lineno)
+    return nodes.Call(target, cast("list[nodes.Expr]", list(arguments)), [], None, None).set_lineno(arguments[0].lineno)
 
 
 def _replace_concatenations(node: nodes.Node) -> None:

@@ -1,4 +1,4 @@
-"""Chat templates: messages become the text that a chat model was trained on, and rows of common formats become messages.
+"""Chat templates: messages become the text that a model was trained on, and common rows become messages.
 
 The dialect is the one of `transformers` (Jinja with trim_blocks and lstrip_blocks, `tojson`, `raise_exception`,
 `strftime_now`, loop controls), so a template gives the same text here and there.

@@ -59,7 +59,7 @@ class Tokenizer:
                 raise DataError(f"no special token role {role!r}; known: {', '.join(ROLES)}")
             if core.token_to_id(token) is None:
                 raise DataError(
-                    f"the {role} token {token!r} is not in the tokenizer's vocabulary of {core.get_vocab_size()} tokens",
+                    f"the {role} token {token!r} is not among the tokenizer's {core.get_vocab_size()} tokens",
                     hint="correct the special tokens in tokenizer_config.json or special_tokens_map.json",
                 )
 

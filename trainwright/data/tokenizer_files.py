@@ -1,4 +1,4 @@
-"""Open tokenizers as they are found: Hugging Face folders, SentencePiece models, GPT-2 and BERT vocabularies, hub names."""
+"""Open tokenizers as they are found: Hugging Face folders and names, SentencePiece models, GPT-2 and BERT files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from trainwright.data.tokenizer_training import END_OF_TEXT, byte_level_pipeline
 __all__ = ["load_tokenizer"]
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
-_HUB_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt"]
+_HUB_FILES = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt"),
+]
 _KNOWN = "tokenizer.json, tokenizer.model, vocab.json + merges.txt, encoder.json + vocab.bpe or vocab.txt"
 
 # Where no file says what a special token is for: the names that published vocabularies give it, most specific first.

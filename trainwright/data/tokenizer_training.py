@@ -42,7 +42,7 @@ def train_tokenizer(
     `vocab_size` counts special tokens. For "bpe" it is the target (small corpora can give fewer); for "char" it is a
     limit, None for none: the most frequent characters stay, and the rest become `<unk>`.
     `special` defaults to `<|endoftext|>` for "bpe" and to `<unk>`, `<|endoftext|>` for "char"; they come first in a BPE
-    vocabulary and last in a character one. `<|endoftext|>` (else the first special but `<unk>`) ends and pads documents.
+    vocabulary and last in a character one. `<|endoftext|>` (else the first that is not `<unk>`) ends documents.
 
     Raises ConfigError for a size that cannot hold the alphabet, DataError when there is no text.
     """
@@ -111,8 +111,8 @@ def _train_bpe(vocab_size: int | None, texts: _Counted, special: list[str]) -> r
     smallest = _SMALLEST_BPE + len(special)
     if vocab_size is None or vocab_size < smallest:
         raise ConfigError(
-            f"a byte-level BPE vocabulary of {vocab_size} is too small: {_SMALLEST_BPE} bytes and {len(special)} special "
-            f"tokens need {smallest}",
+            f"a byte-level BPE vocabulary of {vocab_size} is too small: {_SMALLEST_BPE} bytes and {len(special)} "
+            f"special tokens need {smallest}",
             hint="use 4096 or more for a small model, 32768 for a larger one",
         )
     core = byte_level_pipeline(rust.Tokenizer(models.BPE()), WORD_PATTERN)
@@ -145,7 +145,7 @@ def _train_characters(vocab_size: int | None, texts: _Counted, special: list[str
             raise ConfigError(
                 f"the text has {len(characters)} kinds of characters and there are {len(special)} special tokens; a "
                 f"vocabulary of {vocab_size} cannot hold them",
-                hint=f"use {len(characters) + len(special)} or more, or give {UNKNOWN} as a special token for the rarest",
+                hint=f"use {len(characters) + len(special)} or more, or the special token {UNKNOWN} for the rarest",
             )
         characters = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:room])
     vocabulary = {token: index for index, token in enumerate([*characters, *special])}
