@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainwright.base.device import device_facts
 from trainwright.optim.optimizer import Algorithm, ParameterState
 
 __all__ = ["MUON", "newton_schulz", "update_scale"]
@@ -92,7 +93,9 @@ def _batches(params: list[Tensor]) -> list[list[int]]:
 
 def _iteration_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        kind = device.type
+        has_bf16 = kind in ("cpu", "cuda", "mps") and device_facts(kind).bf16
+        return torch.bfloat16 if has_bf16 else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 

@@ -63,7 +63,7 @@ class OptimizerOptions:
         lr_adjust: of muon: `match_rms_adamw` gives updates the size of AdamW's, so one lr fits both (2502.16982);
             `original` is Keller Jordan's sqrt(max(1, rows/columns)), for lr near 0.02.
         newton_schulz_steps: iterations of muon's orthogonalisation.
-        newton_schulz_dtype: `bfloat16`, `float32` or `auto` (bfloat16 on CUDA, float32 elsewhere).
+        newton_schulz_dtype: `bfloat16`, `float32` or `auto` (bfloat16 where the hardware multiplies it).
         beta2_decay: adafactor's beta2 of step t is 1 - t ** this.
         update_clip: adafactor's updates are scaled down to this root mean square (`d` in 1804.04235).
         fused: use torch's fused kernels where the device has them.

@@ -182,7 +182,9 @@ def test_muon_batches_equal_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> list[Tensor]:
         torch.manual_seed(2)
         model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4))
-        train(model, build_optimizer(model.named_parameters(), options("muon")), range(3))
+        train(
+            model, build_optimizer(model.named_parameters(), options("muon", newton_schulz_dtype="float32")), range(3)
+        )
         return [p.detach() for p in model.parameters()]
 
     alone = run()
@@ -245,8 +247,8 @@ def test_every_optimizer_learns(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_factor_equals_scaled_gradients(name: str) -> None:
     folded, scaled = small(), small()
-    a = build_optimizer(folded.named_parameters(), options(name))
-    b = build_optimizer(scaled.named_parameters(), options(name))
+    a = build_optimizer(folded.named_parameters(), options(name, newton_schulz_dtype="float32"))
+    b = build_optimizer(scaled.named_parameters(), options(name, newton_schulz_dtype="float32"))
     for step in range(5):
         set_grads(folded, step)
         a.step(gradient_factor=0.037)
