@@ -6,7 +6,6 @@ directly. The `tokenizer.bin` files of llama2.c hold the same vocabulary in a si
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -272,7 +271,3 @@ def _add_normalization(core: rust.Tokenizer, vocabulary: _Vocabulary, *, by_segm
     core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     if vocabulary.dummy_prefix and not by_segment:
         core.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
-    elif not any(re.search(f"[^{_SPACE}]{_SPACE}", piece.text) for piece in vocabulary.pieces):
-        # no piece reaches over the beginning of a word, so words can be cut apart first: the same ids, from the cache
-        words = rust.Regex(f"{_SPACE}+[^{_SPACE}]*|[^{_SPACE}]+")
-        core.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
