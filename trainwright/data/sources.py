@@ -83,9 +83,8 @@ def _folder_shards(source: str, fs: Any, root: str) -> list[Shard]:
     others = 0
     for path, info in fs.find(root, detail=True).items():
         key = posixpath.relpath(path, root)
-        folders = key.split("/")[:-1]
         name = posixpath.basename(path)
-        if name.startswith(".") or any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in folders):
+        if _is_hidden(key):
             continue
         if name in _SKIPPED_NAMES or _format_of(name)[0] is None:
             others += 1
@@ -108,18 +107,27 @@ def _glob_shards(source: str, fs: Any, pattern: str) -> list[Shard]:
     names_ending = "." in last and not _GLOB & set(last.rsplit(".", 1)[1])
     fixed = pattern[: min(pattern.index(mark) for mark in _GLOB if mark in pattern)]
     root = posixpath.dirname(fixed)
+    names_hidden = _is_hidden(pattern[len(root) :].lstrip("/"))
     shards = []
     for path, info in found.items():
+        key = posixpath.relpath(path, root) if root else path
         name = posixpath.basename(path)
+        if _is_hidden(key) and not names_hidden:
+            continue
         if name in _SKIPPED_NAMES or (_format_of(name)[0] is None and not names_ending):
             continue
-        shards.append(_shard(_url(source, fs, path), posixpath.relpath(path, root) if root else path, info))
+        shards.append(_shard(_url(source, fs, path), key, info))
     if not shards:
         raise DataError(
             f"{source}: the pattern matches {len(found)} files, none of a known format",
             hint=f"name the ending in the pattern, or use one of {' '.join(sorted(FORMATS))}",
         )
     return shards
+
+
+def _is_hidden(key: str) -> bool:
+    """Whether a relative path is no data: hidden, a cache, or installed code."""
+    return any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in key.split("/"))
 
 
 def _url(source: str, fs: Any, path: str) -> str:
