@@ -1,0 +1,80 @@
+"""`trainwright data build | preview | inspect`"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from trainwright.config import LoadedRecipe
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Build, preview and inspect token datasets.", no_args_is_help=True)
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, a run folder, or a built-in name such as stdlib.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values over the recipe's: data.packing=pad.")
+]
+
+
+@app.command()
+def build(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to build in; the recipe's data.cache by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that tokenize; data.workers by default.")
+    ] = None,
+) -> None:
+    """Tokenize and pack the texts of a recipe; what is built already is reused."""
+    print("\n".join(_build(_load(recipe, overrides), out, workers)))
+
+
+@app.command()
+def preview(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, or the folder of a built dataset.")],
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show, in the order in which training draws them.")] = 3,
+    split: Annotated[str, typer.Option(help="train or validation.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of rows (train.seed).")] = 0,
+) -> None:
+    """Decoded rows with the trained tokens marked, and the shares of padding, cut and dropped documents."""
+    from trainwright.data.commands import preview as lines
+
+    folder = Path(target)
+    if overrides or not (folder / "manifest.json").is_file():
+        folder = Path(_build(_load(target, overrides), None, None)[0])
+    width = max(40, shutil.get_terminal_size().columns - 2)
+    print("\n".join(lines(folder, rows=rows, split=split, seed=seed, color=sys.stdout.isatty(), width=width)))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a built dataset.")],
+    verify: Annotated[bool, typer.Option(help="Read every byte and compare it with its hash.")] = True,
+) -> None:
+    """What a built dataset holds, and whether it is whole."""
+    from trainwright.data.commands import inspect as lines
+
+    print("\n".join(lines(folder, verify=verify)))
+
+
+def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
+    from trainwright.config import load_recipe
+
+    return load_recipe(recipe, overrides or ())
+
+
+def _build(loaded: LoadedRecipe, out: Path | None, workers: int | None) -> list[str]:
+    """Build, and return what `data.commands.build` says: first the folder, then its description."""
+    from trainwright.data.commands import build
+    from trainwright.trainer.model_section import model_source
+
+    tokenizer = model_source(loaded.recipe.model).tokenizer if loaded.recipe.data.tokenizer == "auto" else None
+    return build(loaded, out=out, workers=workers, model_tokenizer=tokenizer)

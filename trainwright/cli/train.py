@@ -1,0 +1,55 @@
+"""`trainwright train RECIPE [key=value ...]`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from trainwright.base.errors import ConfigError
+
+__all__ = ["train"]
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe file, a run folder, or a built-in name such as stdlib.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values over the recipe's: optim.lr=3e-4.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="never: a new run; auto: go on with the newest run of this name; or a run folder.")
+    ] = "never",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its predictions, then stop.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print every resolved value and where it came from, then stop.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show warnings only (monitor.console=quiet).")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no live display.")] = False,
+) -> None:
+    """Train what a recipe describes."""
+    if quiet and plain:
+        raise ConfigError("--quiet and --plain exclude each other", hint="give one of them")
+    from trainwright.config import load_recipe
+
+    console = ["monitor.console=quiet"] if quiet else ["monitor.console=plain"] if plain else []
+    loaded = load_recipe(recipe, [*(overrides or ()), *console])
+    if dry_run or print_config:
+        _show(loaded, plan=dry_run, values=print_config)
+        return
+    from trainwright.trainer import Trainer
+
+    Trainer(loaded, resume=resume).fit()
+
+
+def _show(loaded: object, *, plan: bool, values: bool) -> None:
+    from trainwright.config import LoadedRecipe
+    from trainwright.trainer import settle
+
+    assert isinstance(loaded, LoadedRecipe)
+    settled = settle(loaded, build_data=False)
+    if values:
+        print(settled.loaded.explain())
+    if plan:
+        print(settled.plan.describe())
