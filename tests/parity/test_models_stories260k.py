@@ -70,5 +70,5 @@ def test_cut_off_file_is_refused(shared_data: Find, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cut\.bin ends early"):
         load_llama2c(tmp_path / "cut.bin")
     (tmp_path / "text.bin").write_text("this is not a model at all, honestly", encoding="utf-8")
-    with pytest.raises(ModelError, match="not a llama2.c version 0 file"):
+    with pytest.raises(ModelError, match=r"not a llama2\.c version 0 file"):
         load_llama2c(tmp_path / "text.bin")

@@ -118,7 +118,7 @@ def test_saved_by_us_opens_in_transformers(variant: str, tmp_path: Path) -> None
     save_pretrained(model, tmp_path / "ours")
     reopened, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert type(reopened) is type(reference)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         torch.testing.assert_close(reopened.eval()(tokens()).logits, model(tokens()), rtol=1e-5, atol=1e-5)
     assert load_pretrained(tmp_path / "ours").config == model.config

@@ -57,8 +57,8 @@ class Batch:
         with torch.inference_mode(), _eager():
             logits = self._prefill() if self._cache is None else self._decode()
             tokens = self._choose(logits)
+            self._mark_seen(tokens)
         pieces += [(row, row.accept(token)) for row, token in zip(self.active, tokens, strict=True)]
-        self._mark_seen(tokens)
         self._leave()
         return pieces
 

@@ -6,12 +6,11 @@ Unlike `config.json` this keeps everything that the native module knows, such as
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from trainwright.base.errors import ModelError
-from trainwright.models.registry import FAMILIES, ModelConfig
+from trainwright.models.registry import FAMILIES, ModelConfig, refuse_unknown_fields
 from trainwright.ops.rotary import RotaryScaling
 
 __all__ = ["config_fields", "config_from_fields"]
@@ -34,20 +33,16 @@ def config_from_fields(values: Mapping[str, Any]) -> ModelConfig:
         raise ModelError(f"model family {values.get('family')!r} is unknown", hint=f"known: {', '.join(FAMILIES)}")
     known = {field.name: field for field in dataclasses.fields(family.config_class)}
     given = {key: value for key, value in values.items() if key != "family"}
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ModelError(
-                f"a {family.name} model has no field {key!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(known)}",
-            )
+    refuse_unknown_fields(family, given)
     missing = [
         name
         for name, field in known.items()
         if name not in given and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ModelError(f"a {family.name} configuration needs {', '.join(missing)}", hint="write them out, or use a preset")
+        raise ModelError(
+            f"a {family.name} configuration needs {', '.join(missing)}", hint="write them out, or use a preset"
+        )
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     if isinstance(given.get("rope_scaling"), Mapping):
         given["rope_scaling"] = _rotary_scaling(given["rope_scaling"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,15 +94,20 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
 
 def replace(config: ModelConfig, **overrides: Any) -> ModelConfig:
     """A copy of `config` with fields replaced; ModelError for a field it does not have."""
-    fields = [field.name for field in dataclasses.fields(config)]
-    for key in overrides:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+    refuse_unknown_fields(family_of(config), overrides)
+    return dataclasses.replace(config, **overrides)
+
+
+def refuse_unknown_fields(family: Family, names: Iterable[str]) -> None:
+    """ModelError, with the nearest name, for the first that is no field of the family's configuration."""
+    fields = [field.name for field in dataclasses.fields(family.config_class)]
+    for name in names:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
             raise ModelError(
-                f"a {config.family} model has no field {key!r}",
+                f"a {family.name} model has no field {name!r}",
                 hint=f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(fields)}",
             )
-    return dataclasses.replace(config, **overrides)
 
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -24,6 +25,7 @@ from trainwright.models import (
     presets,
 )
 from trainwright.models.counting import visible_keys
+from trainwright.models.fields import config_fields, config_from_fields
 
 # Parameter counts that the model cards publish.
 PUBLISHED = {
@@ -52,8 +54,15 @@ def test_published_sizes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("llama-1m", 1.3), ("llama-5m", 5), ("llama-15m", 15.5), ("llama-34m", 33.7), ("llama-60m", 60)]
-    + [("llama-125m", 124), ("llama-350m", 341)],
+    [
+        ("llama-1m", 1.3),
+        ("llama-5m", 5),
+        ("llama-15m", 15.5),
+        ("llama-34m", 33.7),
+        ("llama-60m", 60),
+        ("llama-125m", 124),
+        ("llama-350m", 341),
+    ],
 )
 def test_own_sizes_are_what_their_names_say(name: str, millions: float) -> None:
     assert count_parameters(preset(name)) / 1e6 == pytest.approx(millions, rel=0.02)
@@ -233,3 +242,24 @@ def test_learned_positions_are_not_exceeded() -> None:
     model = build_model(preset("gpt2-nano"))
     with pytest.raises(ModelError, match="65 positions, but this model has learned 64"):
         model(torch.zeros(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", presets())
+def test_config_survives_its_fields(name: str) -> None:
+    """What a checkpoint carries along: plain JSON, equal again."""
+    values = json.loads(json.dumps(config_fields(preset(name))))
+    assert config_from_fields(values) == preset(name)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "family None is unknown"),
+        ({"family": "llama", "vocab_size": 5}, "needs hidden_size"),
+        ({"family": "gpt2", "vocab_sice": 5}, "vocab_size"),
+        ({**config_fields(preset("llama-1m")), "rope_scaling": {"kidn": "yarn"}}, "rope_scaling: .*kidn"),
+    ],
+)
+def test_bad_fields_are_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        config_from_fields(values)

@@ -1,0 +1,28 @@
+"""A tiny model and tokenizers that fit it."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainwright.data import Tokenizer, train_tokenizer
+from trainwright.inference import Generator
+from trainwright.models import Decoder, build_model, preset
+
+TEXTS = ["你好，世界。今天天气很好。", "hello world, how are you today?", "the quick brown fox jumps over the lazy dog"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer("bpe", 320, TEXTS * 4)
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Decoder:
+    """Large random weights, so that distributions are far from flat and every token matters for the next."""
+    changes = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 96, "initializer_range": 0.15}
+    return build_model(preset("llama-1m" if request.param == "llama" else "gpt2-nano", **changes), seed=4).eval()
+
+
+@pytest.fixture
+def generator(model: Decoder, tokenizer: Tokenizer) -> Generator:
+    return Generator(model, tokenizer)
