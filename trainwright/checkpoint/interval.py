@@ -12,7 +12,8 @@ def recommended_interval(save_cost_seconds: float, mttf_seconds: float) -> float
 
     J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", Future Generation
     Computer Systems 22 (2006), with cost c and mean time to failure M:
-    sqrt(2 c M) (1 + sqrt(c / 2M) / 3 + (c / 2M) / 9) - c for c < 2M, and M otherwise. The first term alone is J. W. Young's (CACM 17, 1974).
+    sqrt(2 c M) (1 + sqrt(c / 2M) / 3 + (c / 2M) / 9) - c for c < 2M, and M otherwise.
+    The first term alone is J. W. Young's (CACM 17, 1974).
 
     Args:
         save_cost_seconds: time that training stands still for one save (the stall, for an asynchronous one).

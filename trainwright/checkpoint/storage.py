@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -22,6 +23,7 @@ import xxhash
 from trainwright.base.errors import CheckpointError
 
 __all__ = [
+    "BLOCK_BYTES",
     "SLICE_BYTES",
     "check_free_space",
     "close",
@@ -44,7 +46,10 @@ __all__ = [
 
 SLICE_BYTES = 4 << 20
 """Bytes per write, read or hash call: long enough that the interpreter lock is free nearly all the time, short enough
-that a save which is told to stop does so in milliseconds, and that a slice is still in cache for its second hash."""
+that a save which is told to stop does so in milliseconds."""
+
+BLOCK_BYTES = 4096
+"""Direct writes begin and end at blocks of the disk: 512 or 4096 bytes."""
 
 FREE_SPACE_MARGIN = 64 << 20
 
@@ -70,16 +75,50 @@ def make_folder(path: Path) -> None:
     os.mkdir(path)
 
 
-def create_file(path: Path) -> int:
-    """Open a new file for writing; FileExistsError when there is one, because nothing is ever written in place."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+def create_file(path: Path, *, direct: bool = False) -> int:
+    """Open a new file for writing; FileExistsError when there is one, because nothing is ever written in place.
+
+    Args:
+        direct: go past the page cache, where the system can (O_DIRECT). Copying 400 MB into the cache took 0.1 to
+            1.0 s of processor time on a virtual machine, which is time that training does not get; past it, 0.03 s.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o644)
+    if direct:
+        _set_direct(descriptor, True)
+    return descriptor
+
+
+def _set_direct(descriptor: int, on: bool) -> bool:
+    """Turn O_DIRECT on or off for an open file; False where the file system does not know it."""
+    flag = getattr(os, "O_DIRECT", 0)
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | flag if on else flags & ~flag)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of `data` at the current position: the system may take fewer bytes than offered."""
+    """Write all of `data` at the current position: the system may take fewer bytes than offered.
+
+    What is not a whole number of blocks, in size, position or memory, goes through the page cache.
+    """
     view = memoryview(data).cast("B")
     while len(view):
-        written = os.write(descriptor, view[:SLICE_BYTES])
+        if len(view) % BLOCK_BYTES:
+            _set_direct(descriptor, False)
+        try:
+            written = os.write(descriptor, view[:SLICE_BYTES])
+        except OSError as error:
+            is_direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
+            if error.errno != errno.EINVAL or not is_direct:
+                raise
+            _set_direct(descriptor, False)
+            continue
         view = view[written:]
 
 

@@ -8,6 +8,7 @@ calls `write_pieces` for what it holds; one rank calls `Attempt.commit` with wha
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import platform
 import time
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainwright import __version__
@@ -295,23 +297,29 @@ def write_pieces(
 
 
 class _DataFile:
-    """Appends aligned chunks to one new file, hashing the stream as it goes."""
+    """Appends aligned chunks to one new file through a buffer of whole blocks, hashing the stream as it goes.
+
+    Copies, hashes and writes all leave the interpreter lock to the training thread.
+    """
 
     def __init__(self, folder: Path, name: str, cancelled: Callable[[], bool]) -> None:
         self.name = name
         self.position = 0
         self._cancelled = cancelled
         self._hash = storage.new_hash()
-        self._descriptor: int | None = storage.create_file(folder / name)
+        # Anonymous maps begin at a page, as direct writes need it. numpy copies without the interpreter lock, and
+        # without calling in threads, as torch would: they would compete with those that training computes with.
+        self._buffer = np.frombuffer(mmap.mmap(-1, storage.SLICE_BYTES), dtype=np.uint8)
+        self._used = 0
+        self._descriptor: int | None = storage.create_file(folder / name, direct=True)
 
     def append(self, data: memoryview) -> tuple[int, int, str]:
         """Write one chunk; returns (position, bytes, hash)."""
         # Pages for large chunks, so that they can be mapped or read directly; cache lines for scalars, of which an
         # optimizer has hundreds.
-        alignment = 4096 if len(data) >= 4096 else 64
-        padding = -self.position % alignment
+        padding = -self.position % (4096 if len(data) >= 4096 else 64)
         if padding:
-            self._write(memoryview(bytes(padding)))
+            self._put(np.zeros(padding, dtype=np.uint8))
         at = self.position
         chunk_hash = storage.new_hash()
         for start in range(0, len(data), storage.SLICE_BYTES):
@@ -319,17 +327,30 @@ class _DataFile:
                 raise Cancelled("the save was stopped before it was complete")
             part = data[start : start + storage.SLICE_BYTES]
             chunk_hash.update(part)
-            self._write(part)
+            self._put(np.frombuffer(part, dtype=np.uint8))
         return at, len(data), chunk_hash.hexdigest()
 
-    def _write(self, part: memoryview) -> None:
-        assert self._descriptor is not None
-        self._hash.update(part)
-        storage.write_all(self._descriptor, part)
+    def _put(self, part: np.ndarray) -> None:
+        done = 0
+        while done < len(part):
+            count = min(len(part) - done, len(self._buffer) - self._used)
+            np.copyto(self._buffer[self._used : self._used + count], part[done : done + count])
+            done += count
+            self._used += count
+            if self._used == len(self._buffer):
+                self._flush()
         self.position += len(part)
+
+    def _flush(self) -> None:
+        assert self._descriptor is not None
+        block = self._buffer[: self._used].data
+        self._hash.update(block)
+        storage.write_all(self._descriptor, block)
+        self._used = 0
 
     def finish(self) -> FileEntry:
         """Force the file to the disk and close it."""
+        self._flush()
         assert self._descriptor is not None
         storage.sync(self._descriptor)
         descriptor, self._descriptor = self._descriptor, None

@@ -45,8 +45,8 @@ def test_save_and_load_latest(tmp_path: Path, records: list[Record], asynchronou
     assert saved["step"] == 30
     assert saved["path"] == str(tmp_path / "checkpoints" / "step-30")
     assert saved["bytes"] == (tmp_path / "checkpoints" / "step-30" / "data-00000-000.bin").stat().st_size
-    assert 0 < saved["seconds"]
-    assert 0 < saved["stall_seconds"]
+    assert saved["seconds"] > 0
+    assert saved["stall_seconds"] > 0
 
 
 def test_asynchronous_files_are_byte_for_byte_the_synchronous_ones(tmp_path: Path) -> None:
@@ -146,9 +146,10 @@ def test_too_many_failures_in_a_row_raise(
     monkeypatch.setenv(FAULTS_VARIABLE, "save.before_data:enospc")
     checkpointer = Checkpointer(tmp_path, asynchronous=asynchronous, max_failures=2)
     checkpointer.save(1, make_state(1))
-    with pytest.raises(CheckpointError, match="2 checkpoints in a row could not be saved.*No space"):
-        for step in (2, 3):
-            checkpointer.save(step, make_state(step))
+    if asynchronous:  # the failure of a save in flight is counted when the next one comes
+        checkpointer.save(2, make_state(2))
+    with pytest.raises(CheckpointError, match=r"2 checkpoints in a row could not be saved.*No space"):
+        checkpointer.save(3, make_state(3))
     assert kinds(records) == ["checkpoint.failed"] * 2
     monkeypatch.delenv(FAULTS_VARIABLE)
     assert checkpointer.save(9, make_state(9), required=True)  # a last save is always tried
@@ -160,9 +161,9 @@ def test_too_many_failures_in_a_row_raise(
 def test_a_required_save_raises_its_own_failure_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAULTS_VARIABLE, "save.before_manifest:enospc")
     for asynchronous in (False, True):
-        with Checkpointer(tmp_path, asynchronous=asynchronous) as checkpointer:
-            with pytest.raises(CheckpointError, match="step 4 could not be written.*No space left"):
-                checkpointer.save(4, make_state(4), required=True)
+        expected = pytest.raises(CheckpointError, match=r"step 4 could not be written.*No space left")
+        with Checkpointer(tmp_path, asynchronous=asynchronous) as checkpointer, expected:
+            checkpointer.save(4, make_state(4), required=True)
 
 
 def test_a_state_that_cannot_be_saved_is_an_error_at_once(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_too_little_free_space_is_found_before_a_byte_is_written(
     created: list[Path] = []
     monkeypatch.setattr(storage, "FREE_SPACE_MARGIN", 1 << 62)
     monkeypatch.setattr(storage, "create_file", created.append)
-    with Checkpointer(tmp_path) as checkpointer, pytest.raises(CheckpointError, match="not enough free space.*MiB are"):
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(CheckpointError, match=r"free space.*MiB are"):
         checkpointer.save(1, make_state(1), required=True)
     assert created == []
 

@@ -63,7 +63,8 @@ def test_the_same_process_cannot_take_it_twice(tmp_path: Path) -> None:
 
 def test_a_forked_worker_that_outlives_its_parent_does_not_hold_the_lock(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time\nfrom trainwright.checkpoint import RunLock\nlock = RunLock(sys.argv[1])\npid = os.fork()\n"
+        "import os, sys, time\nfrom trainwright.checkpoint import RunLock\n"
+        "lock = RunLock(sys.argv[1])\npid = os.fork()\n"
         "if pid == 0:\n    time.sleep(30); os._exit(0)\n"
         "print(pid, flush=True); os.kill(os.getpid(), 9)"
     )

@@ -27,7 +27,7 @@ def test_no_way_to_run_code_is_named() -> None:
 
 def test_listing_and_verifying_do_not_import_torch() -> None:
     code = (
-        "import sys; from trainwright.checkpoint import RunLock, latest, list_checkpoints, recommended_interval, verify; "
+        "import sys; from trainwright.checkpoint import RunLock, latest, list_checkpoints, verify; "
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
