@@ -1,4 +1,4 @@
-"""Saving, in the background or not, changes no bit of the training; and a run that resumes is the run that never stopped."""
+"""Saving, in the background or not, changes no bit of training, and a resumed run is the run that never stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from trainwright.checkpoint import Checkpointer
 
-STEPS = 24
+STEPS = 12
 
 
 class Run:
