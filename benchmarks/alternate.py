@@ -90,7 +90,10 @@ def alternate(contenders: Sequence[Contender], *, turns: int, steps: int, warmup
     for turn in range(turns):
         for contender in contenders:
             contender._take_turn(steps)
-            print(f"turn {turn + 1}: {contender.name} {statistics.median(contender.step_seconds[-1][1:]):.3f} s/step", flush=True)
+            print(
+                f"turn {turn + 1}: {contender.name} {statistics.median(contender.step_seconds[-1][1:]):.3f} s/step",
+                flush=True,
+            )
     for worker, contender in zip(workers, contenders, strict=True):
         contender._over = True
         contender._turn.set()

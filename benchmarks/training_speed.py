@@ -28,7 +28,7 @@ def token_rows(count: int) -> torch.Tensor:
     """Rows of `LENGTH + 1` tokens with a Zipf-like distribution, as real text has."""
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand(count, LENGTH + 1, generator=generator)
-    return (VOCABULARY ** uniform - 1).long().clamp(max=VOCABULARY - 1)
+    return (VOCABULARY**uniform - 1).long().clamp(max=VOCABULARY - 1)
 
 
 def train_ours(step_done: Callable[[], None]) -> None:

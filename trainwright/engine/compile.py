@@ -12,7 +12,7 @@ def compile_blocks(model: nn.Module) -> int:
 
     Blocks are compiled one by one, not the model as a whole: equal blocks hit the same compiled code, so the time to
     compile does not grow with depth, and the embedding's backward stays out of the graph (the compiler's scatter-add
-    on CPU is not deterministic; PyTorch's own kernel is). Shapes are static: training uses one shape from first to last step.
+    on CPU is not deterministic; PyTorch's own kernel is). Shapes are static: training uses one shape throughout.
     """
     for block in model.blocks:
         block.compile(dynamic=False)

@@ -116,7 +116,7 @@ class Engine:
         self.optimizer.set_lr(self.multiplier(self.steps))
         lr = float(self.optimizer.param_groups[0]["lr"])
         if taken:
-            # Dividing by the count and clipping are one factor, folded into the optimizer's own pass over the gradients.
+            # Dividing by the count and clipping are one factor, folded into the optimizer's pass over the gradients.
             self.optimizer.step(gradient_factor=clip_factor(norm_of_sum, self.clip_norm, scale=1.0 / count))
             if self.ema is not None:
                 self.ema.update()

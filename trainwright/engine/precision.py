@@ -36,9 +36,9 @@ class Precision:
 
 PRECISIONS = {
     "fp32": Precision("fp32", torch.float32, torch.float32),
-    # fp32 parameters, gradients and moments; matrix products in bf16. Norms, softmax statistics and the loss stay fp32.
+    # fp32 parameters, gradients and moments; matrix products in bf16. Norms, softmax and loss stay fp32.
     "bf16": Precision("bf16", torch.float32, torch.bfloat16),
-    # Half the memory. An update smaller than 1/256 of its weight is rounded away, so late training at small rates stalls.
+    # bf16 weights and gradients; the optimizer keeps an fp32 copy of the weights, in which small updates add up.
     "bf16_pure": Precision("bf16_pure", torch.bfloat16, torch.bfloat16),
 }
 

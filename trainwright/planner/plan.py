@@ -79,6 +79,7 @@ class Plan:
         """What would run and why, in lines for a person."""
         guess = "about " if self.data["estimated"] else ""
         prediction = self.prediction
+        parts = [f"{kind} {human_bytes(size)}" for kind, size in prediction.memory.items() if kind != "total"]
         lines = [
             f"machine   {self.machine['name']}, {self.machine['cores']} cores,"
             f" {human_bytes(self.machine['memory_bytes'])}; measured matmul peak"
@@ -89,9 +90,9 @@ class Plan:
             f"model     {human_count(self.parameters)} parameters,"
             f" {self.flops_per_token / 1e6:,.0f} MFLOP per trained token",
             f"run       {self.steps:,} steps x {self.batch_rows} rows = {human_count(self.tokens)} trained tokens",
-            f"predicted {human_count(prediction.tokens_per_second)} tokens/s, {human_duration(prediction.total_seconds)}"
-            f" of training, {human_bytes(prediction.memory['total'])} of memory"
-            f" ({', '.join(f'{kind} {human_bytes(size)}' for kind, size in prediction.memory.items() if kind != 'total')})",
+            f"predicted {human_count(prediction.tokens_per_second)} tokens/s,"
+            f" {human_duration(prediction.total_seconds)} of training,"
+            f" {human_bytes(prediction.memory['total'])} of memory ({', '.join(parts)})",
             "decided",
         ]
         width = max((len(d.key) + len(str(d.value)) for d in self.decisions), default=0) + 3

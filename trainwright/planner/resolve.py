@@ -138,7 +138,9 @@ def _token_budget(
         batch = data.sequence_length * 8 if train.batch_tokens == AUTO else int(train.batch_tokens)
         return _Budget(round(train.steps * batch * data.trained_per_row / data.sequence_length), "steps", train.steps)
     if train.epochs is not None:
-        return _Budget(round(train.epochs * data.train_tokens), f"{train.epochs:g} epochs of {data.train_tokens:,} tokens")
+        return _Budget(
+            round(train.epochs * data.train_tokens), f"{train.epochs:g} epochs of {data.train_tokens:,} tokens"
+        )
     if train.time is not None:
         seconds = train.time.value
         compiled = train.compile is True or (

@@ -43,10 +43,9 @@ def choose_precision(machine: MachineFacts) -> Choice:
     """bf16 wherever the hardware multiplies it, otherwise fp32."""
     if not machine.bf16:
         return "fp32", f"{machine.name} has no bf16 matrix units"
-    gain = machine.peak["bf16"] / machine.peak["fp32"] if machine.peak.get("bf16") else None
-    if gain is not None and gain < 1.2:
-        return "fp32", f"bf16 products run at only {gain:.1f}x fp32 here (measured)"
-    return "bf16", f"bf16 products run at {gain:.1f}x fp32 here (measured)" if gain else "the hardware multiplies bf16"
+    # The measured gain is shown, not used: on a busy machine it wavers, and a run's arithmetic must not waver with it.
+    gain = machine.peak["bf16"] / machine.peak["fp32"]
+    return "bf16", f"the hardware multiplies bf16, at {gain:.1f}x the rate of fp32 (measured)"
 
 
 def choose_vocab_size(tokenizer_size: int) -> Choice:

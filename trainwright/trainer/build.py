@@ -28,12 +28,6 @@ from trainwright.trainer.settle import Settled
 
 __all__ = ["build"]
 
-_OPTIMIZER_KEYS = {
-    "beta2_decay": "adafactor_beta2_decay",
-    "update_clip": "adafactor_clip",
-    "lr_adjust": "muon_lr_adjust",
-}
-
 
 def build(
     settled: Settled,
@@ -115,7 +109,7 @@ def _optimizer_options(recipe: Recipe) -> OptimizerOptions:
     for key in ("schedule", "clip_norm"):
         del values[key]
     rules = tuple(Rule(**dict(rule)) for rule in values.pop("rules"))
-    return OptimizerOptions(**{_OPTIMIZER_KEYS.get(key, key): value for key, value in values.items()}, rules=rules)
+    return OptimizerOptions(**values, rules=rules)
 
 
 def _multiplier(recipe: Recipe, plan: Plan) -> Callable[[int], float]:

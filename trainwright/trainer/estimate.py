@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainwright.data import BuildSpec, list_shards
+from trainwright.data import BuildSpec, TrainTokenizer, ValidationSpec, list_shards, load_tokenizer
 from trainwright.planner import DataFacts
 
 __all__ = ["estimate_data"]
@@ -12,6 +12,16 @@ BYTES_PER_TOKEN = 3.5
 # Compressed text unpacks to about this many times its size (gzip and zstd on source code and prose: 3.5-4.5).
 COMPRESSION = 4.0
 
+# Kinds of characters in a text of one script; Chinese has thousands, which a dry run cannot know.
+CHARACTERS = 256
+VALIDATION_SHARE = 0.02
+
+
+def _held_out(validation: ValidationSpec | None) -> float:
+    if validation is None or validation.sources:
+        return 0.0
+    return validation.fraction if validation.fraction is not None else VALIDATION_SHARE
+
 
 def estimate_data(spec: BuildSpec) -> DataFacts:
     """Rows and tokens as they will be, within some tens of percent."""
@@ -19,14 +29,20 @@ def estimate_data(spec: BuildSpec) -> DataFacts:
     for source in spec.sources:
         for shard in list_shards(source):
             size += (shard.size or 0) * (COMPRESSION if shard.compression else 1.0)
-    tokens = size if spec.tokenizer.train == "char" else size / BYTES_PER_TOKEN
-    validation = tokens * (spec.validation_fraction or 0.0)
+    tokenizer = spec.tokenizer
+    if isinstance(tokenizer, TrainTokenizer):
+        vocab_size = tokenizer.vocab_size if tokenizer.kind == "bpe" else CHARACTERS
+        tokens = size / (BYTES_PER_TOKEN if tokenizer.kind == "bpe" else 1.0)
+    else:
+        loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        vocab_size, tokens = loaded.vocab_size, size / BYTES_PER_TOKEN
+    validation = tokens * _held_out(spec.validation)
     length = spec.sequence_length
     return DataFacts(
         train_rows=max(1, int((tokens - validation) // length)),
         validation_rows=int(validation // length),
         sequence_length=length,
         trained_per_row=float(length),
-        vocab_size=spec.tokenizer.vocab_size or 256,
+        vocab_size=vocab_size,
         estimated=True,
     )

@@ -40,7 +40,7 @@ class Sampling(Callback):
             max_new_tokens=section.max_new_tokens,
             temperature=section.temperature,
             top_k=section.top_k,
-            top_p=section.top_p,
+            top_p=1.0 if section.top_p is None else section.top_p,
             seed=section.seed,
         )
         model = run.engine.model

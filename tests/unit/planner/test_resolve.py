@@ -21,13 +21,13 @@ MACHINE = MachineFacts(
     compiler="/usr/bin/g++",
     peak={"fp32": 0.2e12, "bf16": 0.8e12},
 )
-DATA = DataFacts(
-    train_rows=20_000, validation_rows=400, sequence_length=256, trained_per_row=256.0, vocab_size=8192
-)
+DATA = DataFacts(train_rows=20_000, validation_rows=400, sequence_length=256, trained_per_row=256.0, vocab_size=8192)
 MODEL = ModelFacts(parameters=15_000_000, flops_per_token=80e6, layers=6, width=384, vocab_size=8192)
 
 
-def plan_of(machine: MachineFacts = MACHINE, data: DataFacts = DATA, model: ModelFacts = MODEL, **sections: object) -> Plan:
+def plan_of(
+    machine: MachineFacts = MACHINE, data: DataFacts = DATA, model: ModelFacts = MODEL, **sections: object
+) -> Plan:
     recipe = {
         "model": {"preset": "llama-15m"},
         "data": {"source": "python-stdlib", "sequence_length": data.sequence_length},
@@ -41,18 +41,31 @@ def decided(plan: Plan) -> dict[str, object]:
 
 
 def test_every_auto_of_a_bare_recipe_is_settled_and_the_result_loads() -> None:
-    loaded = load_recipe({"model": {"preset": "llama-15m"}, "data": {"source": "python-stdlib", "sequence_length": 256}})
+    loaded = load_recipe(
+        {"model": {"preset": "llama-15m"}, "data": {"source": "python-stdlib", "sequence_length": 256}}
+    )
     plan = resolve(loaded.recipe, MACHINE, DATA, MODEL)
-    resolved = loaded.resolve({**plan.updates(), "model.vocab_size": (8192, "test"), "data.tokenizer": ({"train": "bpe"}, "t")})
+    resolved = loaded.resolve(
+        {**plan.updates(), "model.vocab_size": (8192, "test"), "data.tokenizer": ({"train": "bpe"}, "t")}
+    )
     left = [key for key, value in resolved.values().items() if value == "auto"]
-    assert set(left) <= {"data.validation", "data.workers", "data.document_mask", "data.append_eos", "monitor.console",
-                         "monitor.tensorboard", "model.attention"}
+    assert set(left) <= {
+        "data.validation",
+        "data.workers",
+        "data.document_mask",
+        "data.append_eos",
+        "monitor.console",
+        "monitor.tensorboard",
+        "model.attention",
+    }
     assert resolved.recipe.train.steps == plan.steps
     assert all(decision.reason for decision in plan.decisions)
 
 
 def test_resolving_twice_changes_nothing() -> None:
-    loaded = load_recipe({"model": {"preset": "llama-15m"}, "data": {"source": "python-stdlib", "sequence_length": 256}})
+    loaded = load_recipe(
+        {"model": {"preset": "llama-15m"}, "data": {"source": "python-stdlib", "sequence_length": 256}}
+    )
     first = resolve(loaded.recipe, MACHINE, DATA, MODEL)
     again = resolve(loaded.resolve(first.updates()).recipe, MACHINE, DATA, MODEL)
     assert again.decisions == ()
@@ -67,7 +80,9 @@ def test_resolving_twice_changes_nothing() -> None:
 def test_given_values_stand() -> None:
     plan = plan_of(train={"steps": 7, "batch_tokens": 1024, "micro_batch": 2, "compile": False}, optim={"lr": 1e-3})
     assert (plan.steps, plan.batch_rows, plan.micro_rows) == (7, 4, 2)
-    assert not {"train.steps", "train.batch_tokens", "train.micro_batch", "train.compile", "optim.lr"} & set(decided(plan))
+    assert not {"train.steps", "train.batch_tokens", "train.micro_batch", "train.compile", "optim.lr"} & set(
+        decided(plan)
+    )
 
 
 def test_time_budget_becomes_steps_that_take_about_that_long() -> None:
