@@ -1,11 +1,13 @@
-"""How much of the tokenizer's own speed `data build` keeps: a bare `tokenizers.encode_batch` loop against the whole build.
+"""How much of the tokenizer's own speed `data build` keeps, against a bare `tokenizers.encode_batch` loop.
 
     python benchmarks/data/build_throughput.py [--source python-stdlib] [--text-field text] [--rounds 3] [--workers N]
 
-A: texts already in memory, `encode_batch` on batches of 1,000 documents with the library's own threads, ids counted and
-   thrown away. B: `build_dataset` from the files: reading, splitting, tokenizing, writing, fsync, packing, hashing, manifest.
-Both use the same tokenizer (byte-level BPE of 8,192, trained on the text beforehand). Rounds alternate A B A B; the ratio is
-B's throughput over A's, of the medians.
+A: texts already in memory, `encode_batch` on batches of 1,000 documents with the library's own threads, ids counted
+   and thrown away.
+B: `build_dataset` from the files: reading, splitting, tokenizing, writing, fsync, packing, hashing, manifest.
+
+Both use the same tokenizer (byte-level BPE of 8,192, trained on the text beforehand). Rounds alternate A B A B; the
+ratio is B's throughput over A's, of the medians.
 """
 
 from __future__ import annotations

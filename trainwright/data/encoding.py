@@ -227,13 +227,15 @@ def _serve(settings: dict[str, Any], requests: IO[bytes], answers: IO[bytes]) ->
     from trainwright.data.tokenizers import load_tokenizer
 
     framing = Framing(settings["bos"], settings["eos"], settings["unknown"], settings["dtype"])
-    tokenizer = load_tokenizer(settings["folder"])
+    tokenizer: Tokenizer | None = None
     while True:
         try:
             sizes, flags, raw = _receive(requests, 3)
         except EOFError:
             return
         try:
+            if tokenizer is None:
+                tokenizer = load_tokenizer(settings["folder"])
             if tokenizer.fingerprint != settings["fingerprint"]:
                 raise DataError(f"the tokenizer in {settings['folder']} changed while it was in use")
             ends = np.cumsum(np.frombuffer(sizes, np.int64)).tolist()
