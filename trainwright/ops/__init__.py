@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from trainwright.ops.activation import activation, swiglu
 from trainwright.ops.attention import attention, attention_backend_reason, attention_reference, choose_backend
+from trainwright.ops.linear import fused_linear
 from trainwright.ops.linear_cross_entropy import LossSums, linear_cross_entropy, linear_cross_entropy_reference
 from trainwright.ops.norm import layer_norm, rms_norm
 from trainwright.ops.rotary import RotaryScaling, apply_rotary, rotary_tables
@@ -19,6 +20,7 @@ __all__ = [
     "attention_backend_reason",
     "attention_reference",
     "choose_backend",
+    "fused_linear",
     "layer_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",

@@ -7,6 +7,7 @@ Kernel, arXiv 2410.10989). The backward pass only scales what is already there.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class LossSums(NamedTuple):
     """
 
     loss_sum: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # the method tuple.count is not missed
     z_sum: Tensor
     nll_sum: Tensor
     correct: Tensor
@@ -52,14 +53,17 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_tokens: int | None = None,
     softcap: float | None = None,
+    compiled: bool = False,
 ) -> LossSums:
-    """Loss sums of logits = hidden [N, D] @ weight [V, D].T against labels [N] int64; holds `chunk_tokens` x V logits.
+    """Loss sums of logits = hidden [N, D] @ weight [V, D].T against labels [N] int64, holding `chunk_tokens` x V of
+    them.
 
     Per counted token: (1 - label_smoothing) * -log p(label) + label_smoothing * mean over words of -log p(word)
     + z_loss * logsumexp^2 (PaLM, arXiv 2204.02311). softcap c: logits become c * tanh(logits / c) (Gemma 2).
     chunk_tokens: default `auto_chunk_tokens`. Products run in the autocast dtype if autocast is on, else in the dtype
     of hidden; softmax statistics are fp32 and the gradient of the weight is summed in fp32. Gradients are made in the
-    forward pass, in memory of hidden and weight; with torch.no_grad() none are. Raises ModelError when the shapes do
+    """Loss sums of logits = hidden [N, D] @ weight [V, D].T against labels [N] int64, `chunk_tokens` rows at a time.
+    runs under torch.compile (recompiles once for each shape of chunk). Raises ModelError when the shapes do
     not fit.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
@@ -75,7 +79,7 @@ def linear_cross_entropy(
     if chunk_tokens is None:
         chunk_tokens = auto_chunk_tokens(hidden.shape[0], weight.shape[0], compute, device_type)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    options = _Options(ignore_index, label_smoothing, z_loss, chunk_tokens, softcap, compute)
+    options = _Options(ignore_index, label_smoothing, z_loss, chunk_tokens, softcap, compute, compiled)
     if not needs_grad:
         sums, _, _ = _forward(hidden, weight, labels, options, grad_hidden=False, grad_weight=False)
         return sums
@@ -83,11 +87,12 @@ def linear_cross_entropy(
 
 
 def auto_chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device_type: str) -> int:
-    """Tokens of a chunk: as many as give 32 MiB of logits on CPU (256 MiB elsewhere), in equal chunks, multiples of 64."""
+    """Tokens of a chunk: as many as give 32 MiB of logits on CPU (256 MiB elsewhere), equal chunks, multiples of 64."""
     budget = _CHUNK_BYTES["cpu" if device_type == "cpu" else "other"]
     most = max(64, budget // (vocabulary * dtype.itemsize))
     chunks = max(1, -(-tokens // most))
-    return max(1, min(tokens, -(-tokens // chunks + 63) // 64 * 64))
+    each = -(-tokens // chunks)
+    return max(1, min(tokens, -(-each // 64) * 64))
 
 
 class _Options(NamedTuple):
@@ -97,13 +102,12 @@ class _Options(NamedTuple):
     chunk_tokens: int
     softcap: float | None
     compute: torch.dtype
+    compiled: bool
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options) -> tuple[Tensor, ...]:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         sums, grad_hidden, grad_weight = _forward(
             hidden, weight, labels, options, grad_hidden=want_hidden, grad_weight=want_weight
@@ -114,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return tuple(sums)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         if grad_hidden is not None:
@@ -129,54 +133,82 @@ def _forward(
 ) -> tuple[LossSums, Tensor | None, Tensor | None]:
     """Loss sums and, where asked, gradients of loss_sum in hidden (compute dtype) and weight (fp32)."""
     wide = torch.promote_types(options.compute, torch.float32)
+    with_grad = grad_hidden or grad_weight
+    statistics = _compiled_statistics() if options.compiled else _statistics
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         narrow, head = hidden.to(options.compute), weight.to(options.compute)
         hidden_grad = torch.empty_like(narrow) if grad_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if grad_weight else None
-        totals = None
+        rows = []
         for start in range(0, hidden.shape[0], options.chunk_tokens):
             inside = slice(start, start + options.chunk_tokens)
             chunk = narrow[inside]
-            sums, logits_grad = _chunk(chunk @ head.t(), labels[inside], options, grad_hidden or grad_weight)
-            totals = sums if totals is None else tuple(a + b for a, b in zip(totals, sums, strict=True))
+            raw = chunk @ head.t()
+            targets = torch.where(labels[inside] != options.ignore_index, labels[inside], 0)[:, None]
+            chosen = raw.gather(1, targets)[:, 0]
+            counts = (labels[inside] != options.ignore_index).to(wide)
+            row_sums, logits_grad, chosen_grad = statistics(
+                raw, chosen, counts, options.label_smoothing, options.z_loss, options.softcap, with_grad
+            )
+            rows.append(row_sums)
+            if with_grad:
+                logits_grad.scatter_(1, targets, chosen_grad[:, None])
             if hidden_grad is not None:
                 torch.mm(logits_grad, head, out=hidden_grad[inside])
             if weight_grad is not None:
                 weight_grad += logits_grad.t() @ chunk
-        if totals is None:
-            zero, none = torch.zeros((), dtype=wide, device=hidden.device), labels.new_zeros(())
-            totals = (zero, none, zero.clone(), zero.clone(), none.clone())
-    return LossSums(*totals), hidden_grad, weight_grad
+        total = torch.cat(rows, 1).sum(1) if rows else torch.zeros(4, dtype=wide, device=hidden.device)
+    loss_sum, z_sum, nll_sum, correct = total.unbind()
+    count = (labels != options.ignore_index).sum()
+    return LossSums(loss_sum, count, z_sum, nll_sum, correct.to(torch.int64)), hidden_grad, weight_grad
 
 
-def _chunk(raw: Tensor, labels: Tensor, options: _Options, with_grad: bool) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Sums of one chunk of logits [tokens, V], and the gradient of its loss in them (same dtype), if wanted."""
-    _, smoothing, z_loss, _, softcap, compute = options
-    logits = raw.to(torch.promote_types(compute, torch.float32))
-    slope = None
-    if softcap is not None:
-        squashed = torch.tanh(logits / softcap)
-        logits, slope = squashed * softcap, 1 - squashed.square()
-    counted = labels != options.ignore_index
-    targets = torch.where(counted, labels, 0)
-    counts = counted.to(logits.dtype)
-    highest = logits.amax(-1)
-    logsumexp = highest + (logits - highest[:, None]).exp().sum(-1).log()
-    chosen = logits.gather(1, targets[:, None])[:, 0]
-    nll = logsumexp - chosen
-    loss = nll if not smoothing else (1 - smoothing) * nll + smoothing * (logsumexp - logits.mean(-1))
-    z = z_loss * logsumexp.square()
-    right = ((chosen >= highest) & counted).sum()
-    sums = (((loss + z) * counts).sum(), counted.sum(), (z * counts).sum(), (nll * counts).sum(), right)
+def _statistics(
+    raw: Tensor,
+    raw_chosen: Tensor,
+    counts: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token of one chunk of logits [tokens, V]: loss, z-loss, nll, hit, stacked [4, tokens]; and gradients.
+
+    The gradients: that of the loss in all logits *as if no word were the label*, in the dtype of raw, and the full
+    one in the logit of the label, to be written over it. (Subtracting 1 from an already rounded probability would
+    lose the small gradients of confident tokens.)
+    """
+    wide = counts.dtype
+    logits, chosen = _capped(raw.to(wide), softcap), _capped(raw_chosen.to(wide), softcap)
+    highest = logits.amax(-1, keepdim=True)
+    logsumexp = highest + (logits - highest).exp().sum(-1, keepdim=True).log()
+    flat = logsumexp[:, 0]
+    nll = flat - chosen
+    loss = nll
+    if label_smoothing:
+        loss = (1 - label_smoothing) * nll + label_smoothing * (flat - logits.mean(-1))
+    z = z_loss * flat.square()
+    hit = (chosen >= highest[:, 0]).to(wide)
+    sums = torch.stack((loss + z, z, nll, hit)) * counts
     if not with_grad:
-        return sums, raw
-    softmax_weight = counts * (1 + 2 * z_loss * logsumexp)
-    grad = (logits - logsumexp[:, None]).exp() * softmax_weight[:, None]
-    if smoothing:
-        grad = grad - (smoothing / logits.shape[1]) * counts[:, None]
-    words = torch.arange(logits.shape[1], device=labels.device)
-    grad = grad - torch.where(words == targets[:, None], (1 - smoothing) * counts[:, None], 0.0)
-    return sums, (grad if slope is None else grad * slope).to(raw.dtype)
+        return sums, raw, raw_chosen
+    softmax_weight = 1 + 2 * z_loss * logsumexp
+    uniform = label_smoothing / raw.shape[1]
+    grad = ((logits - logsumexp).exp() * softmax_weight - uniform) * counts[:, None]
+    chosen_grad = ((chosen - flat).exp() * softmax_weight[:, 0] - uniform - (1 - label_smoothing)) * counts
+    if softcap is not None:
+        grad = grad * (1 - (logits / softcap).square())
+        chosen_grad = chosen_grad * (1 - (chosen / softcap).square())
+    return sums, grad.to(raw.dtype), chosen_grad.to(raw.dtype)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+@lru_cache(maxsize=1)
+def _compiled_statistics() -> Any:
+    return torch.compile(_statistics, dynamic=False)
 
 
 def linear_cross_entropy_reference(

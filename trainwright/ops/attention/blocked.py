@@ -1,10 +1,13 @@
 """Causal attention for the CPU: blocks of queries against the keys they may see, written for the compiler.
 
-The scheme is FlashAttention's (Dao et al. 2022, arXiv 2205.14135): keep the logsumexp of each row, recompute the
-weights in the backward pass, never hold the T x S scores. The blocks are plain torch with static bounds, so that
-torch.compile turns all that stands between two matrix products into one vectorised loop, and causal or windowed
-blocks that hold nothing are never
-computed: at T = 512 with blocks of 128, 62 % of the square remains.
+The scheme is FlashAttention's (Dao et al. 2022, arXiv 2205.14135) with blocks large enough for oneDNN. The blocks are
+plain torch with static bounds, so that torch.compile turns all that stands between two matrix products into one
+vectorised loop, and causal or windowed blocks that hold nothing are never computed: at T = 512 with blocks of 128, 62
+% of the square remains.
+
+Up to `KEEP_WEIGHTS_UP_TO` tokens the backward pass reads the weights that the forward pass rounded to bf16 anyway;
+longer sequences keep the logsumexp of each row and compute the weights again, so that memory grows with T and not
+with T^2.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ from torch import Tensor
 
 from trainwright.ops.attention.masking import attention_mask
 
-__all__ = ["DEFAULT_BLOCK", "blocked_attention"]
+__all__ = ["DEFAULT_BLOCK", "KEEP_WEIGHTS_UP_TO", "blocked_attention"]
 
-# Measured on 2 cores (EPYC, 1 MiB L2 each) at 8x8x512x64 bf16: see docs/benchmarks.md. Smaller blocks waste less
-# above the diagonal, but their matrix products are too small for oneDNN.
+# Measured on 2 cores (AVX-512 bf16, 1 MiB L2 each) at 8x8x512x64, forward + backward compiled: 64: 39.5 ms, 128: 37.7,
+# 256: 39.9, 512: 49.3; torch's flash kernel: 102.
 DEFAULT_BLOCK = 128
+# Kept weights are about heads * T * 1.25 bytes a token and layer in bf16: a quarter more activations at T = 512,
+# width 512. They save one of five matrix products and all exponentials of the backward pass.
+KEEP_WEIGHTS_UP_TO = 512
 
 
 class _Block(NamedTuple):
@@ -30,75 +36,99 @@ class _Block(NamedTuple):
     k1: int
 
 
-def _blocks(length: int, block: int, causal: bool, window: int | None) -> list[_Block]:
+class _Options(NamedTuple):
+    scale: float
+    causal: bool
+    window: int | None
+    block: int
+
+
+def _blocks(length: int, options: _Options) -> list[_Block]:
     """Rows of blocks: queries [q0, q1) need keys [k0, k1) and no others; k0 is a multiple of `block`."""
-    rows = []
+    rows, block, window = [], options.block, options.window
     for q0 in range(0, length, block):
         q1 = min(q0 + block, length)
         k0 = 0 if window is None else max(0, q0 - window + 1) // block * block
-        rows.append(_Block(q0, q1, k0, q1 if causal else length))
+        rows.append(_Block(q0, q1, k0, q1 if options.causal else length))
     return rows
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """q [B, Hkv, G, T, D], k and v [B, Hkv, T, D]; G query heads share a key-value head and become rows of one product."""
+    """q [B, Hkv, G, T, D], k and v [B, Hkv, T, D]; G query heads share a key-value head: rows of one product."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         document_ids: Tensor | None,
         key_mask: Tensor | None,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        block: int,
+        options: _Options,
     ) -> Tensor:
-        outs, logsumexps = [], []
-        for rows in _blocks(q.shape[3], block, causal, window):
-            scores = _scores(q, k, rows, document_ids, key_mask, scale, causal, window)
+        outs, totals, highests, kept = [], [], [], []
+        for rows in _blocks(q.shape[3], options):
+            scores = _scores(q, k, rows, document_ids, key_mask, options)
             highest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-            weights = torch.exp(scores - highest)
-            total = weights.sum(-1, keepdim=True)
+            weights = torch.exp(scores - highest).to(q.dtype)
+            total = weights.to(scores.dtype).sum(-1, keepdim=True)
             total = total + (total == 0)  # a query that may see nothing gives zeros, not NaN
-            values = v[:, :, rows.k0 : rows.k1]
-            out = _product(weights.to(q.dtype), values)
+            out = _product(weights, v[:, :, rows.k0 : rows.k1])
             outs.append((out.to(scores.dtype) / total).to(q.dtype))
-            logsumexps.append(highest + total.log())
-        out, logsumexp = torch.cat(outs, 3), torch.cat(logsumexps, 3)
-        ctx.save_for_backward(q, k, v, out, logsumexp, document_ids, key_mask)
-        ctx.options = (scale, causal, window, block)
+            totals.append(total)
+            highests.append(highest)
+            kept.append(weights)
+        out, total = torch.cat(outs, 3), torch.cat(totals, 3)
+        ctx.options = options
+        if q.shape[3] <= KEEP_WEIGHTS_UP_TO:
+            ctx.save_for_backward(q, k, v, out, total, None, document_ids, key_mask, *kept)
+        else:
+            ctx.save_for_backward(q, k, v, out, total, torch.cat(highests, 3), document_ids, key_mask)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, logsumexp, document_ids, key_mask = ctx.saved_tensors
-        scale, causal, window, block = ctx.options
-        length = q.shape[3]
-        wide = logsumexp.dtype
-        delta = (grad_out.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, total, highest, document_ids, key_mask, *kept = ctx.saved_tensors
+        options = ctx.options
+        scale, block, length = options.scale, options.block, q.shape[3]
+        wide = total.dtype
+        # Weights stay unnormalised: what multiplies them is divided by the row total instead, D numbers and not T.
+        grads = grad_out.to(wide) / total
+        delta = (grads * out.to(wide)).sum(-1, keepdim=True)
+        grads = grads.to(q.dtype)
+        queries = q if kept else _computed_after(q, grads)
         grad_q_rows: list[Tensor] = []
         # The share of each row of blocks in the gradient of each block of keys; summed at the end in one pass.
         grad_k_parts: list[list[Tensor]] = [[] for _ in range(0, length, block)]
         grad_v_parts: list[list[Tensor]] = [[] for _ in range(0, length, block)]
-        for rows in _blocks(length, block, causal, window):
-            queries, grads = q[:, :, :, rows.q0 : rows.q1], grad_out[:, :, :, rows.q0 : rows.q1].to(q.dtype)
-            keys, values = k[:, :, rows.k0 : rows.k1], v[:, :, rows.k0 : rows.k1]
-            scores = _scores(q, k, rows, document_ids, key_mask, scale, causal, window)
-            weights = torch.exp(scores - logsumexp[:, :, :, rows.q0 : rows.q1])
-            grad_weights = _product(grads, values.transpose(-1, -2)).to(wide)
-            grad_scores = (weights * (grad_weights - delta[:, :, :, rows.q0 : rows.q1]) * scale).to(q.dtype)
-            grad_q_rows.append(_product(grad_scores, keys))
-            grad_k = grad_scores.flatten(2, 3).transpose(-1, -2) @ queries.flatten(2, 3)
-            grad_v = weights.to(q.dtype).flatten(2, 3).transpose(-1, -2) @ grads.flatten(2, 3)
+        for index, rows in enumerate(_blocks(length, options)):
+            inside = slice(rows.q0, rows.q1)
+            if kept:
+                weights = kept[index]
+            else:
+                scores = _scores(queries, k, rows, document_ids, key_mask, options)
+                weights = torch.exp(scores - highest[:, :, :, inside]).to(q.dtype)
+            keys, values, row_grads = k[:, :, rows.k0 : rows.k1], v[:, :, rows.k0 : rows.k1], grads[:, :, :, inside]
+            grad_weights = _product(row_grads, values.transpose(-1, -2)).to(wide)
+            grad_scores = (weights.to(wide) * (grad_weights - delta[:, :, :, inside])).to(q.dtype)
+            grad_q_rows.append((_product(grad_scores, keys).to(wide) * scale).to(q.dtype))
+            grad_k = grad_scores.flatten(2, 3).transpose(-1, -2) @ q[:, :, :, inside].flatten(2, 3)
+            grad_v = weights.flatten(2, 3).transpose(-1, -2) @ row_grads.flatten(2, 3)
             for start in range(rows.k0, rows.k1, block):
-                inside = slice(start - rows.k0, min(start + block, rows.k1) - rows.k0)
-                grad_k_parts[start // block].append(grad_k[:, :, inside])
-                grad_v_parts[start // block].append(grad_v[:, :, inside])
-        grad_q = torch.cat(grad_q_rows, 3)
-        return grad_q, _sum_parts(grad_k_parts, wide, k), _sum_parts(grad_v_parts, wide, v), *([None] * 6)
+                part = slice(start - rows.k0, min(start + block, rows.k1) - rows.k0)
+                grad_k_parts[start // block].append(grad_k[:, :, part])
+                grad_v_parts[start // block].append(grad_v[:, :, part])
+        grad_k, grad_v = _sum_parts(grad_k_parts, scale, wide, k.dtype), _sum_parts(grad_v_parts, 1.0, wide, v.dtype)
+        return torch.cat(grad_q_rows, 3), grad_k, grad_v, None, None, None
+
+
+def _computed_after(value: Tensor, gradient: Tensor) -> Tensor:
+    """`value`, in a way that the compiler must wait for `gradient`.
+
+    torch.compile sees forward and backward as one graph and runs in the forward whatever needs no gradient, which would
+    bring back, and keep in memory, all the weights.
+    """
+    return value + gradient * 0 if torch.compiler.is_compiling() else value
 
 
 def _scores(
@@ -107,20 +137,18 @@ def _scores(
     rows: _Block,
     document_ids: Tensor | None,
     key_mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
+    options: _Options,
 ) -> Tensor:
     """Scaled scores of one row of blocks in fp32, [B, Hkv, G, queries, keys]; -inf where the mask forbids."""
     scores = _product(q[:, :, :, rows.q0 : rows.q1], k[:, :, rows.k0 : rows.k1].transpose(-1, -2))
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * options.scale
     mask = attention_mask(
         (rows.q0, rows.q1),
         (rows.k0, rows.k1),
         offset=0,
         device=q.device,
-        causal=causal,
-        window=window,
+        causal=options.causal,
+        window=options.window,
         document_ids=document_ids,
         key_mask=key_mask,
     )
@@ -133,13 +161,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return (left.flatten(2, 3) @ right).view(*shape[:4], right.shape[-1])
 
 
-def _sum_parts(parts: list[list[Tensor]], wide: torch.dtype, like: Tensor) -> Tensor:
+def _sum_parts(parts: list[list[Tensor]], factor: float, wide: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """One gradient from its shares: summed block by block in `wide`, scaled, joined along the keys."""
     sums = []
     for shares in parts:
         total = shares[0].to(wide)
         for share in shares[1:]:
             total = total + share.to(wide)
-        sums.append(total.to(like.dtype))
+        sums.append((total * factor).to(dtype))
     return torch.cat(sums, 2)
 
 
@@ -155,7 +184,7 @@ def blocked_attention(
     key_mask: Tensor | None,
     block: int = DEFAULT_BLOCK,
 ) -> Tensor:
-    """Attention of [B, T, Hq, D] over [B, T, Hkv, D] (as many keys as queries), O(T x block) memory, exact gradients.
+    """Attention of [B, T, Hq, D] over [B, T, Hkv, D] (as many keys as queries), in blocks of `block` queries.
 
     Weights and scores meet matrix products in the dtype of q (bf16 or fp32); softmax statistics are fp32 (float64 for
     float64).
@@ -170,9 +199,6 @@ def blocked_attention(
             v.transpose(1, 2).contiguous(),
             document_ids,
             key_mask,
-            scale,
-            causal,
-            window,
-            block,
+            _Options(scale, causal, window, block),
         )
     return out.permute(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)

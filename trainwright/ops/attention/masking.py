@@ -43,7 +43,7 @@ def attention_mask(
         distance = torch.arange(q0 + offset, q1 + offset, device=device)[:, None] - torch.arange(k0, k1, device=device)
         if crosses_diagonal:
             mask = distance >= 0
-        if crosses_window:
+        if crosses_window and window is not None:
             near = distance < window
             mask = near if mask is None else mask & near
         assert mask is not None
