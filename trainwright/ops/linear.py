@@ -16,9 +16,10 @@ def fused_linear(
 ) -> tuple[Tensor, ...]:
     """x [..., D] through several linear layers [O_i, D] at once; gives one [..., O_i] each.
 
-    The weights are joined anew each time, after they were rounded to the autocast dtype: the rounding copies them anyway, so
-    joining costs nothing, and parameters keep their own names. One product instead of several reads x once in the forward
-    pass, and the gradient of x is made in one product instead of a product and an addition for each layer.
+    The weights are joined anew each time, after they were rounded to the autocast dtype: the rounding copies them
+    anyway, so joining costs nothing, and parameters keep their own names. One product instead of several reads x once
+    in the forward pass, and the gradient of x is made in one product instead of a product and an addition for each
+    layer.
     """
     device_type = x.device.type
     dtype = x.dtype

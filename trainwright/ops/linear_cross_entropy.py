@@ -55,15 +55,14 @@ def linear_cross_entropy(
     softcap: float | None = None,
     compiled: bool = False,
 ) -> LossSums:
-    """Loss sums of logits = hidden [N, D] @ weight [V, D].T against labels [N] int64, holding `chunk_tokens` x V of
-    them.
+    """Loss sums of logits = hidden [N, D] @ weight [V, D].T against labels [N] int64, `chunk_tokens` rows at a time.
 
     Per counted token: (1 - label_smoothing) * -log p(label) + label_smoothing * mean over words of -log p(word)
     + z_loss * logsumexp^2 (PaLM, arXiv 2204.02311). softcap c: logits become c * tanh(logits / c) (Gemma 2).
     chunk_tokens: default `auto_chunk_tokens`. Products run in the autocast dtype if autocast is on, else in the dtype
     of hidden; softmax statistics are fp32 and the gradient of the weight is summed in fp32. Gradients are made in the
-    """Loss sums of logits = hidden [N, D] @ weight [V, D].T against labels [N] int64, `chunk_tokens` rows at a time.
-    runs under torch.compile (recompiles once for each shape of chunk). Raises ModelError when the shapes do
+    forward pass, in memory of hidden and weight; with torch.no_grad() none are. compiled: what lies between the
+    products runs under torch.compile (recompiles once for each shape of chunk). Raises ModelError when the shapes do
     not fit.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
