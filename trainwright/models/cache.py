@@ -17,7 +17,11 @@ __all__ = ["KVCache", "LayerCache"]
 
 
 class LayerCache:
-    """Keys and values of one layer, [batch, slots, kv_heads, head_dim], the newest token last."""
+    """Keys and values of one layer, the newest token last.
+
+    Stored as [batch, kv_heads, slots, head_dim], so that decoding multiplies them in place; handed out as views
+    [batch, tokens, kv_heads, head_dim], as attention expects them.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, window: int | None) -> None:
         self.keys = keys
@@ -31,7 +35,7 @@ class LayerCache:
         Raises:
             ModelError: the tokens do not fit into the capacity that the cache was made with.
         """
-        count, slots = k.shape[1], self.keys.shape[1]
+        count, slots = k.shape[1], self.keys.shape[2]
         if self.window is not None and self.used + count > slots:
             return self._slide(k, v)
         if self.used + count > slots:
@@ -40,21 +44,21 @@ class LayerCache:
                 hint="make the cache with a larger capacity",
             )
         end = self.used + count
-        self.keys[:, self.used : end] = k
-        self.values[:, self.used : end] = v
+        self.keys[:, :, self.used : end] = k.transpose(1, 2)
+        self.values[:, :, self.used : end] = v.transpose(1, 2)
         self.used = end
-        return self.keys[:, :end], self.values[:, :end]
+        return self.keys[:, :, :end].transpose(1, 2), self.values[:, :, :end].transpose(1, 2)
 
     def _slide(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         assert self.window is not None
         first = max(0, self.used - (self.window - 1))
-        all_keys = torch.cat((self.keys[:, first : self.used], k.to(self.keys.dtype)), dim=1)
-        all_values = torch.cat((self.values[:, first : self.used], v.to(self.values.dtype)), dim=1)
-        kept = min(all_keys.shape[1], self.window)
-        self.keys[:, :kept] = all_keys[:, -kept:]
-        self.values[:, :kept] = all_values[:, -kept:]
+        all_keys = torch.cat((self.keys[:, :, first : self.used], k.transpose(1, 2).to(self.keys.dtype)), dim=2)
+        all_values = torch.cat((self.values[:, :, first : self.used], v.transpose(1, 2).to(self.values.dtype)), dim=2)
+        kept = min(all_keys.shape[2], self.window)
+        self.keys[:, :, :kept] = all_keys[:, :, -kept:]
+        self.values[:, :, :kept] = all_values[:, :, -kept:]
         self.used = kept
-        return all_keys, all_values
+        return all_keys.transpose(1, 2), all_values.transpose(1, 2)
 
 
 class KVCache:
@@ -81,7 +85,7 @@ class KVCache:
         self.layers: list[LayerCache] = []
         for window in windows:
             slots = capacity if window is None else min(capacity, 2 * window)
-            shape = (batch, slots, num_kv_heads, head_dim)
+            shape = (batch, num_kv_heads, slots, head_dim)
             keys = torch.zeros(shape, dtype=dtype, device=device)
             self.layers.append(LayerCache(keys, torch.zeros_like(keys), window if slots < capacity else None))
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from trainwright.data import Tokenizer, train_tokenizer
 from trainwright.inference import Generator
 from trainwright.models import Decoder, build_model, preset
 
 TEXTS = ["你好，世界。今天天气很好。", "hello world, how are you today?", "the quick brown fox jumps over the lazy dog"]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models on one thread: with several the cores are spent on waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
