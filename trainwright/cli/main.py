@@ -54,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Abort:
         return EXIT_INTERRUPTED
     except _UsageError as error:
-        if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help already
-            error.show()
+        error.show()
         return error.exit_code
     except BaseException as error:  # the outermost frame: whatever it is, the user gets one message and a code
         return report(error, debug=debug)

@@ -154,7 +154,7 @@ def _next_lines(run: RunSummary) -> list[str]:
     if (run.path / "model" / "config.json").is_file():
         return ["", f"use it: trainwright generate {run.path} --prompt '...'"]
     if run.status in ("interrupted", "died", "failed"):
-        return ["", f"go on:  trainwright train {run.path} --resume {run.path}"]
+        return ["", f"go on:  trainwright train RECIPE --resume {run.path}"]
     return []
 
 

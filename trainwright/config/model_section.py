@@ -48,7 +48,7 @@ class ModelFromPreset(_Model):
     """A named size, initialised at random."""
 
     preset: Annotated[str, Name(what_it_is="the name of a preset, such as llama-15m")]
-    """A named size of a family, such as llama-15m or gpt2-124m."""
+    """A named size of a family, such as llama-15m or gpt2."""
     overrides: dict[str, JsonValue] = Field(default_factory=dict)
     """Fields of the family's configuration that replace the preset's, such as {num_layers: 4}."""
     vocab_size: Annotated[Count | Auto, Unit(("auto",), Count, minimum=1)] = "auto"

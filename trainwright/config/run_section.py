@@ -50,8 +50,8 @@ class SampleSection(Section):
     """0 takes the most likely token every time; higher is more varied."""
     top_k: Annotated[int | None, Whole((None,), minimum=1)] = None
     """Choose among the k most likely tokens; null does not limit."""
-    top_p: Annotated[float | None, Real((None,), above=0, maximum=1)] = None
-    """Choose among the most likely tokens that together have this probability; null does not limit."""
+    top_p: Annotated[float, Real(above=0, maximum=1)] = 1.0
+    """Choose among the most likely tokens that together have this probability; 1 does not limit."""
     seed: Annotated[int, Whole()] = 0
     """Seed of the choices."""
 
