@@ -23,7 +23,7 @@ def check(folder: Path, text: str, **options: float) -> None:
 
 
 def test_blocks_are_found_with_line_language_and_words(tmp_path: Path) -> None:
-    text = "# 标题\n\n~~~python\nprint('训')\n~~~\n\n- a\n\n  ~~~yaml recipe\n  a:\n    b: 1\n  ~~~\n\n~~~\nplain\n~~~\n"
+    text = "# 标题\n\n~~~python\nprint('训')\n~~~\n\n-\n\n  ~~~yaml recipe\n  a:\n    b: 1\n  ~~~\n\n~~~\nplain\n~~~\n"
     found = [(s.line, s.language, s.words, s.text) for s in read_snippets(page(tmp_path, text))]
     assert found == [
         (3, "python", (), "print('训')\n"),
