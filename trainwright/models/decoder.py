@@ -30,6 +30,11 @@ class Decoder(nn.Module, ABC):
     def embedding(self) -> nn.Embedding:
         """The token embedding [V, D]."""
 
+    @property
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm after the last block; worth compiling with them."""
+
     @abstractmethod
     def hidden_states(
         self,

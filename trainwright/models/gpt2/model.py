@@ -133,6 +133,10 @@ class GPT2LMHeadModel(Decoder):
     def embedding(self) -> nn.Embedding:
         return self.transformer.wte
 
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.transformer.ln_f
+
     def hidden_states(
         self,
         input_ids: Tensor,

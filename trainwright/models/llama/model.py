@@ -13,6 +13,7 @@ from trainwright.models.attention import attend
 from trainwright.models.cache import KVCache, LayerCache
 from trainwright.models.decoder import Decoder
 from trainwright.models.llama.config import LlamaConfig
+from trainwright.models.projection import project_together
 from trainwright.ops.activation import swiglu
 from trainwright.ops.norm import rms_norm
 from trainwright.ops.rotary import apply_rotary, rotary_tables
@@ -76,12 +77,9 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, E], keys and values [B, T, K, E] of x [B, T, D]."""
-        size = self.config.head_dim
-        return (
-            self.q_proj(x).unflatten(-1, (-1, size)),
-            self.k_proj(x).unflatten(-1, (-1, size)),
-            self.v_proj(x).unflatten(-1, (-1, size)),
-        )
+        q, k, v = project_together(x, self.q_proj, self.k_proj, self.v_proj)
+        heads = (-1, self.config.head_dim)
+        return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
 
 
 class SwiGLU(nn.Module):
@@ -94,7 +92,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = project_together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up))
 
 
 class LlamaBlock(nn.Module):
@@ -149,6 +148,10 @@ class LlamaForCausalLM(Decoder):
     @property
     def embedding(self) -> nn.Embedding:
         return self.model.embed_tokens
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.norm
 
     def hidden_states(
         self,
