@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.events import emit
@@ -112,7 +112,7 @@ def _given_tokenizer(spec: BuildSpec) -> Tokenizer | None:
 
 
 def dataset_key(spec: BuildSpec, corpus: Corpus, tokenizer: Tokenizer | None) -> str:
-    """Hash of everything the bytes of a dataset depend on. Names of files are part of it; where they lie is not."""
+    """Hash of everything the bytes of a dataset depend on: contents and names of files, tokenizer, row settings."""
     sources = [source.facts() for source in corpus.sources]
     for facts in sources:
         facts.pop("source")
@@ -140,8 +140,15 @@ def _build(
 ) -> Manifest:
     if (found := _existing(out_dir, key)) is not None:
         return found
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusively(out_dir):
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        lock = (out_dir.parent / f".{out_dir.name}.lock").open("w")
+    except OSError as error:
+        raise DataError(
+            f"{out_dir} cannot be written: {error.strerror or error}",
+            hint="choose another folder (data.cache, or the folder of `data build`)",
+        ) from error
+    with lock, _exclusively(lock, out_dir):
         if (found := _existing(out_dir, key)) is not None:  # another process built it while this one waited
             return found
         partial = out_dir.parent / f".{out_dir.name}.partial"
@@ -170,20 +177,19 @@ def _existing(out_dir: Path, key: str) -> Manifest | None:
 
 
 @contextlib.contextmanager
-def _exclusively(out_dir: Path) -> Iterator[None]:
+def _exclusively(lock: IO[str], out_dir: Path) -> Iterator[None]:
     """One process builds a folder at a time; others wait, then find it built. The lock ends with its process."""
     try:
         import fcntl
     except ImportError:  # Windows: no flock; two builds at once of one folder are the user's to avoid there
         yield
         return
-    with (out_dir.parent / f".{out_dir.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            emit("warning", message=f"another process is building {out_dir}; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        emit("warning", message=f"another process is building {out_dir}; waiting for it")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 def _disk_full(corpus: Corpus, partial: Path) -> DataError:

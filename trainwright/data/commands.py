@@ -107,6 +107,7 @@ def preview(
     color: bool = False,
     width: int = 100,
     characters: int = 1200,
+    model_tokenizer: str | None = None,
 ) -> list[str]:
     """The first rows that training would draw, decoded, with the trained tokens marked.
 
@@ -122,7 +123,11 @@ def preview(
         dataset = TokenDataset.open(target)
     else:
         data = target.recipe.data
-        dataset = prepare_dataset(build_spec(data), data.cache, None if data.workers == "auto" else data.workers)
+        dataset = prepare_dataset(
+            build_spec(data, model_tokenizer=model_tokenizer),
+            data.cache,
+            None if data.workers == "auto" else data.workers,
+        )
     tokenizer = load_tokenizer(str(dataset.tokenizer_folder))
     order = RowOrder(dataset.groups(split), seed)
     draws = np.arange(min(rows, order.rows), dtype=np.int64)

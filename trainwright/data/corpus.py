@@ -29,6 +29,7 @@ __all__ = [
     "Segment",
     "check_unchanged",
     "decide_splits",
+    "held_out_fraction",
     "list_corpus",
     "read_segments",
     "training_texts",
@@ -118,7 +119,7 @@ def list_corpus(spec: BuildSpec) -> Corpus:
     listed = [(source, list_shards(source)) for source in spec.sources]
     held_out = [(source, list_shards(source)) for source in (spec.validation.sources if spec.validation else ())]
     total = sum(shard.size or 0 for _, shards in listed + held_out for shard in shards)
-    fraction = _fraction(spec, sum(shard.size or 0 for _, shards in listed for shard in shards))
+    fraction = held_out_fraction(spec, sum(shard.size or 0 for _, shards in listed for shard in shards))
     sources = [
         CorpusSource(source, tuple(shards), _marks(shards, total <= HASH_BYTES), "" if fraction else "train", fraction)
         for source, shards in listed
@@ -130,7 +131,8 @@ def list_corpus(spec: BuildSpec) -> Corpus:
     return Corpus(tuple(sources), spec.on_error)
 
 
-def _fraction(spec: BuildSpec, total: int) -> float:
+def held_out_fraction(spec: BuildSpec, total: int) -> float:
+    """The share of the training sources, `total` bytes as stored, that validation takes; 0 for none."""
     if spec.validation is None or spec.validation.sources:
         return 0.0
     if spec.validation.fraction is not None:
@@ -163,12 +165,20 @@ def decide_splits(corpus: Corpus) -> Corpus:
 def _decide(corpus: Corpus, source: CorpusSource) -> CorpusSource:
     if source.rule:
         return source
-    # Problems met here are met again, and reported, when the corpus is read.
-    documents = (document for shard in source.shards for document in _documents(source, shard, "skip", Problems()))
-    keys = [document.key for document in itertools.islice(documents, _LOOK_AHEAD)]
+    every = (key for shard in source.shards for key in _keys(source, shard))
+    keys = list(itertools.islice(every, _LOOK_AHEAD))
     splits = {split_of(key, source.fraction, SPLIT_SEED) for key in keys}
     small = len(keys) < FEWEST_TO_HASH or (len(keys) < _LOOK_AHEAD and len(splits) < 2)
     return replace(source, rule="tail" if small else "hash")
+
+
+def _keys(source: CorpusSource, shard: Shard) -> Iterator[str]:
+    """The keys of the documents of a shard; a text file is one document, whose key needs no reading."""
+    if shard.format == "text":
+        yield from [shard.key] if shard.size else []
+    else:
+        # problems met here are met again, and reported, when the corpus is read
+        yield from (document.key for document in _documents(source, shard, "skip", Problems()))
 
 
 def _documents(source: CorpusSource, shard: Shard, on_error: Any, problems: Problems) -> Iterator[Document]:

@@ -18,6 +18,7 @@ from trainwright.data import commands, corpus
 from trainwright.data.build import BuildProgress, build_dataset, prepare_dataset
 from trainwright.data.dataset import TokenDataset
 from trainwright.data.documents import SourceSpec
+from trainwright.data.readers import list_shards, read_shard
 from trainwright.data.spec import BuildSpec, TrainTokenizer, ValidationSpec, build_spec
 from trainwright.data.tokenizers import load_tokenizer, train_tokenizer
 
@@ -219,6 +220,20 @@ def test_own_validation_sources(tmp_path: Path) -> None:
     assert dataset.facts("validation").documents == 3
 
 
+def test_the_key_of_a_text_file_is_known_without_reading_it(tmp_path: Path) -> None:
+    """Splits of small sources are decided from keys; a text file's key is its shard's."""
+    (tmp_path / "a.txt").write_text("some text", encoding="utf-8")
+    shard = list_shards(SourceSpec(str(tmp_path)))[0]
+    assert [document.key for document in read_shard(shard)] == [shard.key]
+
+
+def test_auto_holds_out_less_of_more_text() -> None:
+    spec = BuildSpec((SourceSpec("a.txt"),), TrainTokenizer())
+    assert corpus.held_out_fraction(spec, 1_000_000) == 0.05
+    assert corpus.held_out_fraction(spec, 100 * 16 << 20) == pytest.approx(0.01)
+    assert corpus.held_out_fraction(spec, 10**13) == 0.0005
+
+
 # ---- text
 
 
@@ -365,6 +380,12 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monke
 
     with pytest.raises(DataError, match="changed while they were read"):
         prepare_dataset(spec, tmp_path / "cache", 1, progress)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(DataError, match=r"dataset cannot be written: (File exists|Not a directory)"):
+        build_dataset(bpe_spec(tmp_path, words(20)), tmp_path / "file" / "dataset", 1)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])

@@ -60,9 +60,15 @@ def test_every_epoch_has_every_row_once_and_nothing_is_dropped(dataset: TokenDat
 @settings(deadline=None, max_examples=40)
 @given(data=st.data(), seed=st.integers(0, 5), rows=st.sampled_from([6, 12, 24]), steps=st.integers(1, 12))
 def test_ledger_equals_the_undisturbed_run(
-    dataset: TokenDataset, data: st.DataObject, seed: int, rows: int, steps: int
+    dataset: TokenDataset,
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+    seed: int,
+    rows: int,
+    steps: int,
 ) -> None:
     """Killed at any step and resumed with any world size that divides the batch: the same rows in the same steps."""
+    dataset = data.draw(st.sampled_from([dataset, mixture_dataset(tmp_path_factory)]))
     undisturbed = [row_ids(dataset, Loader(dataset, rows, seed=seed).batch(step)) for step in range(steps)]
     worlds = [world for world in range(1, rows + 1) if rows % world == 0]
     ledger: list[list[int]] = []
