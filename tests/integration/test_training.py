@@ -225,6 +225,16 @@ def test_a_resume_with_other_values_is_refused_by_name(tiny: Tiny, tmp_path: Pat
         Trainer(tiny(tmp_path), overrides=["optim.lr=0.5"], resume="auto").fit()
 
 
+def test_a_run_is_resumed_from_its_own_resolved_recipe(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINWRIGHT_FAULTS", "step.after_backward:raise@step=8")
+    with pytest.raises(InjectedFault):
+        Trainer(tiny(tmp_path)).fit()
+    monkeypatch.delenv("TRAINWRIGHT_FAULTS")
+    assert Trainer(tmp_path / "tiny", resume=str(tmp_path / "tiny")).fit().steps == 12
+
+
 def test_a_resume_with_another_dataset_is_refused(
     tiny: Tiny, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

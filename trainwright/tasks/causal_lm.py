@@ -42,34 +42,36 @@ class CausalLM:
     Args:
         label_smoothing: share of the target mass spread evenly over the vocabulary, 0 <= value < 1.
         z_loss: weight of `logsumexp(logits)**2`, which keeps logits from drifting (PaLM, arXiv 2204.02311, used 1e-4).
+        compiled: compile the statistics of the loss, as the blocks of the model are.
     """
 
     name = "causal_lm"
 
-    def __init__(self, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+    def __init__(self, *, label_smoothing: float = 0.0, z_loss: float = 0.0, compiled: bool = False) -> None:
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
+        self.compiled = compiled
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
         """The training objective: cross-entropy in nats, with label smoothing and z-loss where they are on."""
-        return _next_token_sums(model, batch, self.label_smoothing, self.z_loss)
+        return self._sums(model, batch, self.label_smoothing, self.z_loss)
 
     def evaluate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
         """Plain cross-entropy in nats, whatever the training objective adds to it."""
-        return _next_token_sums(model, batch, 0.0, 0.0)
+        return self._sums(model, batch, 0.0, 0.0)
 
-
-def _next_token_sums(
-    model: nn.Module, batch: Mapping[str, Tensor], label_smoothing: float, z_loss: float
-) -> LossOutput:
-    hidden = model.hidden_states(
-        batch["input_ids"], position_ids=batch.get("position_ids"), document_ids=batch.get("document_ids")
-    )
-    sums = linear_cross_entropy(
-        hidden.flatten(0, 1),
-        model.head_weight,
-        batch["labels"].flatten(),
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-    )
-    return LossOutput(loss_sum=sums.loss_sum, count=sums.count)
+    def _sums(
+        self, model: nn.Module, batch: Mapping[str, Tensor], label_smoothing: float, z_loss: float
+    ) -> LossOutput:
+        hidden = model.hidden_states(
+            batch["input_ids"], position_ids=batch.get("position_ids"), document_ids=batch.get("document_ids")
+        )
+        sums = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            model.head_weight,
+            batch["labels"].flatten(),
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            compiled=self.compiled,
+        )
+        return LossOutput(loss_sum=sums.loss_sum, count=sums.count)

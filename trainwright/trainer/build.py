@@ -74,7 +74,11 @@ def build(
         device=settled.device,
         dataset=settled.dataset,
         tokenizer=load_tokenizer(settled.dataset.tokenizer_folder),
-        task=CausalLM(label_smoothing=recipe.task.label_smoothing, z_loss=recipe.task.z_loss),
+        task=CausalLM(
+            label_smoothing=recipe.task.label_smoothing,
+            z_loss=recipe.task.z_loss,
+            compiled=bool(recipe.train.compile),
+        ),
         engine=engine,
         loader=loader,
         checkpointer=checkpointer,
@@ -115,8 +119,6 @@ def _optimizer_options(recipe: Recipe) -> OptimizerOptions:
 def _multiplier(recipe: Recipe, plan: Plan) -> Callable[[int], float]:
     options: dict[str, Any] = dict(recipe.optim.schedule)
     name, warmup = options.pop("name"), options.pop("warmup")
-    if "cycle_steps" in options:
-        options["cycle_steps"] = int(options["cycle_steps"].value)
     return build_schedule(name, plan.steps, warmup_steps=_steps(warmup, plan), **options)
 
 

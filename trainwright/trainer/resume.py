@@ -64,7 +64,8 @@ def enter_folder(loaded: LoadedRecipe, resume: str, stack: contextlib.ExitStack)
             hint="start a new run with --resume never, or under another run.name",
         )
     before = info.get("given", {})
-    _refuse_changes(before, given, folder)
+    resolved = load_recipe(folder.recipe).values()
+    _refuse_changes(before, loaded.values(), resolved, given, folder)
     changes = [f"{key}={_yaml(value)}" for key, value in given.items() if _may_change(key) and before.get(key) != value]
     return Entered(folder, lock, load_recipe(folder.recipe, changes), before | given, resuming=True)
 
@@ -73,15 +74,21 @@ def _name_of(loaded: LoadedRecipe) -> str:
     return loaded.source_path.stem if loaded.source_path is not None else "run"
 
 
+_ABSENT = object()
+
+
 def _may_change(key: str) -> bool:
     return key.startswith(FREE_TO_CHANGE)
 
 
-def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
+def _refuse_changes(
+    before: dict[str, Any], now: dict[str, Any], resolved: dict[str, Any], given: dict[str, Any], folder: RunFolder
+) -> None:
+    """Every value that was or is given must be what it was, as written ("3 min") or as resolved (220 steps)."""
     changed = [
-        f"{key}: the run has {before.get(key, 'the default')!r}, the recipe now says {now.get(key, 'the default')!r}"
-        for key in sorted(set(before) | set(now))
-        if before.get(key) != now.get(key) and not _may_change(key)
+        f"{key}: the run has {resolved.get(key, before.get(key))!r}, the recipe now says {now.get(key)!r}"
+        for key in sorted(set(before) | set(given))
+        if not _may_change(key) and now.get(key) not in (before.get(key, _ABSENT), resolved.get(key))
     ]
     if changed:
         raise ConfigError(

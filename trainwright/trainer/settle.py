@@ -11,6 +11,7 @@ from trainwright.base.events import emit
 from trainwright.config import LoadedRecipe
 from trainwright.data import BuildSpec, TokenDataset, build_spec, prepare_dataset
 from trainwright.models import ModelConfig, check_vocabulary, count_flops, count_parameters
+from trainwright.ops.cpu_runtime import tune_cpu_runtime
 from trainwright.planner import DataFacts, MachineFacts, ModelFacts, Plan, resolve
 from trainwright.trainer.estimate import estimate_data
 from trainwright.trainer.model_section import model_source
@@ -51,6 +52,8 @@ def settle(loaded: LoadedRecipe, *, build_data: bool = True) -> Settled:
     recipe = loaded.recipe
     threads = device_facts().cores if recipe.train.threads == "auto" else recipe.train.threads
     torch.set_num_threads(threads)
+    if device_facts().kind == "cpu":
+        tune_cpu_runtime()
     source = model_source(recipe.model)
     spec = build_spec(recipe.data, model_tokenizer=source.tokenizer)
     dataset, data = _data(spec, loaded, build_data)
