@@ -6,6 +6,7 @@ directly. The `tokenizer.bin` files of llama2.c hold the same vocabulary in a si
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers as rust
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, processors
 
 from trainwright.base.errors import DataError
 from trainwright.data.tokenizer_core import Tokenizer
@@ -200,10 +201,9 @@ def _build(vocabulary: _Vocabulary, *, add_bos: bool, add_eos: bool) -> Tokenize
     pieces = vocabulary.pieces
     special = {role: pieces[index].text for role, index in vocabulary.ids.items() if 0 <= index < len(pieces)}
     core = rust.Tokenizer(_model(vocabulary))
-    user_defined = [piece.text for piece in pieces if piece.kind == _USER_DEFINED]
-    _add_normalization(core, vocabulary, by_segment=not user_defined)
+    core.normalizer = _normalizer(vocabulary)
     added = [
-        rust.AddedToken(piece.text, normalized=False, special=piece.kind != _USER_DEFINED)
+        rust.AddedToken(piece.text, normalized=piece.kind == _USER_DEFINED, special=piece.kind != _USER_DEFINED)
         for piece in pieces
         if piece.kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
@@ -226,7 +226,10 @@ def _model(vocabulary: _Vocabulary) -> models.Model:
     pieces = vocabulary.pieces
     unknown = vocabulary.ids["unk"]
     if vocabulary.algorithm == _UNIGRAM:
-        scored = [(piece.text, piece.score) for piece in pieces]
+        # SentencePiece never finds <s> or <0x0A> in a text; the library has no types, so they are priced out instead
+        never = min(piece.score for piece in pieces) - 1000.0
+        found = (_NORMAL, _USER_DEFINED)
+        scored = [(piece.text, piece.score if piece.kind in found else never) for piece in pieces]
         return models.Unigram(scored, unk_id=unknown, byte_fallback=vocabulary.byte_fallback)
     return models.BPE(
         {piece.text: index for index, piece in enumerate(pieces)},
@@ -254,20 +257,21 @@ def _merges(pieces: list[_Piece]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, _, left, right in ranked]
 
 
-def _add_normalization(core: rust.Tokenizer, vocabulary: _Vocabulary, *, by_segment: bool) -> None:
+def _normalizer(vocabulary: _Vocabulary) -> normalizers.Normalizer:
     """Character map, spaces and the dummy prefix, in SentencePiece's order.
 
-    The prefix is a normaliser where text is cut by control tokens only, which gives `<s> [INST]` the ids of Llama 2's
-    own code. User-defined pieces cut inside a text, where no prefix belongs, so there a pre-tokeniser adds it to the
-    first segment alone (and leaves it out before a text that begins with a space: the one known difference).
+    It runs on each stretch of text between control tokens, which gives `<s> [INST]` the ids of Llama 2's own code. The
+    library runs it on user-defined pieces too before it looks for them, so a lone one gets no prefix (which loses the
+    prefix of a text that is nothing but that piece).
     """
     steps: list[normalizers.Normalizer] = []
     if vocabulary.character_map:
         steps.append(normalizers.Precompiled(vocabulary.character_map))
     if vocabulary.collapse_spaces:
-        steps += [normalizers.Strip(), normalizers.Replace(rust.Regex(" {2,}"), " ")]
-    if vocabulary.dummy_prefix and by_segment:
-        steps.append(normalizers.Prepend(_SPACE))
-    core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    if vocabulary.dummy_prefix and not by_segment:
-        core.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+        ends = rust.Regex(rf"\A +|[ {_SPACE}]+\z")
+        steps += [normalizers.Replace(ends, ""), normalizers.Replace(rust.Regex(" {2,}"), " ")]
+    if vocabulary.dummy_prefix:
+        lone = "|".join(re.escape(piece.text) for piece in vocabulary.pieces if piece.kind == _USER_DEFINED)
+        prefix = normalizers.Replace(rust.Regex(rf"\A(?=[\s\S])(?!(?:{lone})\z)"), _SPACE)
+        steps.append(prefix if lone else normalizers.Prepend(_SPACE))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])

@@ -24,11 +24,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
-__all__ = ["MAX_CHARACTERS", "MAX_SECONDS", "MAX_STEPS", "ChatEnvironment", "budget", "check_length"]
+__all__ = ["MAX_CHARACTERS", "MAX_SECONDS", "MAX_STEPS", "ChatEnvironment", "budget", "check_total"]
 
 MAX_STEPS = 2_000_000  # loop steps and calls; a long conversation with tools takes a few thousand
 MAX_SECONDS = 10.0
 MAX_CHARACTERS = 20_000_000  # of one text; a million-token conversation has about 5 million
+MAX_TOTAL = 1_000_000_000  # characters of all texts made on the way, so that many long ones cannot be hoarded
 _MAX_NUMBER = 1_000_000  # for widths, indents, repetitions: no text needs more
 _WIDE_FORMAT = re.compile(r"%[-+ #0]*(?:\*|\d{5,})|%[^a-zA-Z%]*\.(?:\*|\d{5,})|:[^{}]*\d{5,}|:[^{}]*\{")
 
@@ -38,6 +39,7 @@ class _Budget:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.characters = 0
         self.deadline = time.monotonic() + MAX_SECONDS
 
     def spend(self) -> None:
@@ -67,10 +69,20 @@ def _spend() -> None:
         current.spend()
 
 
-def check_length(length: int) -> None:
-    """Raise SecurityError for a text or list that no conversation needs."""
+def check_total(length: int) -> None:
+    """Raise SecurityError for a text that no conversation needs."""
     if length > MAX_CHARACTERS:
         raise SecurityError(f"the template makes a text of more than {MAX_CHARACTERS:,} characters")
+
+
+def check_length(length: int) -> None:
+    """The same for a text or list made on the way, which also counts towards the sum of all of them."""
+    check_total(length)
+    current = _current.get()
+    if current is not None:
+        current.characters += length
+        if current.characters > MAX_TOTAL:
+            raise SecurityError(f"the template makes texts of more than {MAX_TOTAL:,} characters in all")
 
 
 class _Counted:
@@ -95,6 +107,13 @@ def _size(value: Any) -> int:
 def _concatenate(*parts: Any) -> str:
     """Jinja's `~`, with the length checked first."""
     texts = [str(part) for part in parts]
+    check_length(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _join_pieces(pieces: Iterable[str]) -> str:
+    """What Jinja joins the output of a block, macro or `{% set %}` with, with the length checked first."""
+    texts = list(pieces)
     check_length(sum(map(len, texts)))
     return "".join(texts)
 
@@ -174,6 +193,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
+        self.concat = _join_pieces
         self.filters["tojson"] = _to_json
         for name, function in list(self.filters.items()):
             self.filters[name] = _guard_filter(name, function)
@@ -206,6 +226,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
             raise SecurityError("the template formats with a width that no conversation needs")
         return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_growth("format", value.__self__, ())
+        return wrapped
 
     # Jinja's own signature: the names are private so that keyword arguments of a template cannot hit them
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:

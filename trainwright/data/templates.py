@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from trainwright.base.errors import DataError
-from trainwright.data.template_sandbox import ChatEnvironment, budget, check_length
+from trainwright.data.template_sandbox import ChatEnvironment, budget, check_total
 
 __all__ = ["CHATML_TEMPLATE", "messages_of", "render_chat", "row_renderer"]
 
@@ -83,7 +83,7 @@ def render_chat(
             ):
                 pieces.append(piece)
                 length += len(piece)
-                check_length(length)
+                check_total(length)
     except jinja2.exceptions.SecurityError as error:
         raise DataError(
             f"the chat template is refused: {error}",
