@@ -3,8 +3,8 @@
     python benchmarks/data/packing.py [--data ../shared/data] [--sequence-length 512] [--vocab-size 8192]
 
 Each example becomes one document: its instruction, input and answer, joined by line breaks. A byte-level BPE
-tokenizer is trained on each set. The ratio is trained tokens per row, `best_fit` over `pad`: what a model of fixed shape
-gains in tokens per second when a row costs the same whatever it holds.
+tokenizer is trained on each set. The ratio is trained tokens per row, `best_fit` over `pad`: what a model of fixed
+shape gains in tokens per second when a row costs the same whatever it holds.
 """
 
 from __future__ import annotations
