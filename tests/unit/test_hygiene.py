@@ -136,3 +136,15 @@ def test_public_names_exist(file: Path) -> None:
 def test_every_file_says_what_it_is_for(file: Path) -> None:
     source = file.read_text(encoding="utf-8")
     assert not source.strip() or ast.get_docstring(ast.parse(source)), "no module docstring"
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """pytest imports them by their bare name: two of one name are an error in whichever comes second."""
+    tests = PACKAGE.parent / "tests"
+    if not tests.exists():
+        pytest.skip("the tests are not beside this installation")
+    names: dict[str, list[str]] = {}
+    for file in tests.rglob("*.py"):
+        if file.name != "conftest.py":
+            names.setdefault(file.name, []).append(file.relative_to(tests).as_posix())
+    assert [paths for paths in names.values() if len(paths) > 1] == []

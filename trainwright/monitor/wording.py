@@ -54,8 +54,8 @@ def step_parts(
         parts.append(f"data wait {100 * wait:.1f}%")
     if saved_ago is not None:
         parts.append(f"ckpt {ago(saved_ago)}")
-    if eta is not None:
-        parts.append(f"ETA {human_duration(round(eta))}")
+    if eta is not None and step != total:
+        parts.append(f"ETA {human_duration(max(1, round(eta)))}")
     return parts
 
 

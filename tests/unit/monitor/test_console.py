@@ -60,6 +60,13 @@ def test_the_progress_line() -> None:
     )
 
 
+def test_the_last_step_has_no_time_left_to_speak_of() -> None:
+    nearly = {"kind": "step", "step": 7, "total_steps": 8, "loss": 1.0, "eta_seconds": 0.2}
+    assert fit(step_parts(nearly, average=None, memory_total=None, saved_ago=None), None).endswith("| ETA 1s")
+    last = {**nearly, "step": 8, "eta_seconds": 0.0}
+    assert "ETA" not in fit(step_parts(last, average=None, memory_total=None, saved_ago=None), None)
+
+
 def test_a_step_with_nothing_measured_yet() -> None:
     record = {"kind": "step", "step": 1, "total_steps": 8, "loss": float("nan"), "mfu": None, "skipped": True}
     assert fit(step_parts(record, average=None, memory_total=None, saved_ago=None), None) == (
