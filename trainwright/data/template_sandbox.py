@@ -190,10 +190,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     """The dialect of `transformers` chat templates, with limits. Render inside `budget()`."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
+    concat = staticmethod(_join_pieces)
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
-        self.concat = _join_pieces
         self.filters["tojson"] = _to_json
         for name, function in list(self.filters.items()):
             self.filters[name] = _guard_filter(name, function)

@@ -36,11 +36,13 @@ def train_tokenizer(
     texts: Iterable[str],
     *,
     special: Sequence[str] | None = None,
+    min_frequency: int = 2,
 ) -> Tokenizer:
     """A tokenizer of `kind` "bpe" or "char" learned from texts, which are read once.
 
     `vocab_size` counts special tokens. For "bpe" it is the target (small corpora can give fewer); for "char" it is a
-    limit, None for none: the most frequent characters stay, and the rest become `<unk>`.
+    limit, None for none: the most frequent characters stay, and the rest become `<unk>`. Pairs seen fewer than
+    `min_frequency` times are not merged ("bpe" only).
     `special` defaults to `<|endoftext|>` for "bpe" and to `<unk>`, `<|endoftext|>` for "char"; they come first in a BPE
     vocabulary and last in a character one. `<|endoftext|>` (else the first that is not `<unk>`) ends documents.
 
@@ -49,7 +51,7 @@ def train_tokenizer(
     counted = _Counted(texts)
     if kind == "bpe":
         names = list(special) if special is not None else [END_OF_TEXT]
-        core = _train_bpe(vocab_size, counted, names)
+        core = _train_bpe(vocab_size, counted, names, min_frequency)
     elif kind == "char":
         names = list(special) if special is not None else [UNKNOWN, END_OF_TEXT]
         core = _train_characters(vocab_size, counted, names)
@@ -107,7 +109,7 @@ def byte_level_pipeline(core: rust.Tokenizer, pattern: str | None) -> rust.Token
     return core
 
 
-def _train_bpe(vocab_size: int | None, texts: _Counted, special: list[str]) -> rust.Tokenizer:
+def _train_bpe(vocab_size: int | None, texts: _Counted, special: list[str], min_frequency: int) -> rust.Tokenizer:
     smallest = _SMALLEST_BPE + len(special)
     if vocab_size is None or vocab_size < smallest:
         raise ConfigError(
@@ -118,6 +120,7 @@ def _train_bpe(vocab_size: int | None, texts: _Counted, special: list[str]) -> r
     core = byte_level_pipeline(rust.Tokenizer(models.BPE()), WORD_PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
+        min_frequency=min_frequency,
         special_tokens=list(special),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -159,7 +159,7 @@ MALICIOUS = {
     "repetition reversed": "{{ 900000000 * 'a' }}",
     "list repetition": "{{ ([0] * 30000000) | length }}",
     "power": "{{ 10 ** 10 ** 10 }}",
-    "product": "{% set ns = namespace(x=10) %}{% for i in range(90) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
+    "product": "{% set ns = namespace(x=10) %}{% for i in [0] * 30 %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
     "doubling ~": _doubling("{% set ns.x = ns.x ~ ns.x %}"),
     "doubling ~ inside": _doubling("{% set ns.x = (ns.x ~ ns.x) | trim %}"),
     "doubling +": _doubling("{% set ns.x = ns.x + ns.x %}"),
@@ -184,7 +184,7 @@ MALICIOUS = {
     "output": "{% for i in range(99999) %}{{ 'a' * 100000 }}{% endfor %}",
     "lipsum": "{{ lipsum(n=1000000) }}",
     "batch": "{{ [1] | batch(1000000000, 'x') | list }}",
-    "sum": "{% set l = [[1]] * 3000 %}{% for i in range(3000) %}{{ l | sum(start=[]) | length }}{% endfor %}{{ 1 // 0 }}",
+    "sum": "{% set l = [[1]] * 3000 %}{% for i in l %}{{ l | sum(start=[]) | length }}{% endfor %}{{ 1 // 0 }}",
     "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
 }
 

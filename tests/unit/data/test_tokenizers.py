@@ -109,6 +109,8 @@ def test_specials_and_roles_of_trained_tokenizers() -> None:
     assert (none.pad_id, none.bos_id, none.eos_id) == (None, None, None)
     with pytest.raises(ConfigError, match=r"vocabulary of 100 is too small: 256 bytes and 1 special tokens need 257"):
         train_tokenizer("bpe", 100, SAMPLES)
+    assert train_tokenizer("bpe", 300, ["ab ab"]).encode("ab") != train_tokenizer("bpe", 300, ["ab"]).encode("ab")
+    assert len(train_tokenizer("bpe", 300, ["ab"], min_frequency=1).encode("ab")) == 1
     with pytest.raises(ConfigError, match="'unigram' is not known"):
         train_tokenizer("unigram", 1000, SAMPLES)
     for kind in ("bpe", "char"):
