@@ -159,7 +159,7 @@ MALICIOUS = {
     "repetition reversed": "{{ 900000000 * 'a' }}",
     "list repetition": "{{ ([0] * 30000000) | length }}",
     "power": "{{ 10 ** 10 ** 10 }}",
-    "product": "{% set ns = namespace(x=10) %}{% for i in [0] * 30 %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
+    "product": "{% set ns = namespace(x=9) %}{% for i in [0] * 30 %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
     "doubling ~": _doubling("{% set ns.x = ns.x ~ ns.x %}"),
     "doubling ~ inside": _doubling("{% set ns.x = (ns.x ~ ns.x) | trim %}"),
     "doubling +": _doubling("{% set ns.x = ns.x + ns.x %}"),
