@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_state
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
     recipe["model"] = {"preset": "llama-1m", "vocab_size": 100}
-    with pytest.raises(ModelError, match=r"512 tokens.*100 rows"):
+    with pytest.raises(ModelError, match=r"512 tokens.*holds 100"):
         Trainer(recipe).fit()
 
 

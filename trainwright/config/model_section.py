@@ -21,7 +21,7 @@ __all__ = [
     "ModelSection",
 ]
 
-Attention: TypeAlias = Literal["auto", "sdpa", "blocked", "flex", "reference"]
+Attention: TypeAlias = Literal["auto", "sdpa", "blocked", "grouped", "flex", "reference"]
 
 _WHERE = {
     "preset": "model.preset",
@@ -40,7 +40,7 @@ class _Model(Section):
 
     dropout: Annotated[float | None, Real((None,), minimum=0, below=1)] = None
     """Dropout probability where the family has dropout; null keeps what the preset, folder or config says."""
-    attention: Annotated[Attention, Words(("auto", "sdpa", "blocked", "flex", "reference"))] = "auto"
+    attention: Annotated[Attention, Words(("auto", "sdpa", "blocked", "grouped", "flex", "reference"))] = "auto"
     """Attention implementation; auto takes the fastest one for the device and shape."""
 
 

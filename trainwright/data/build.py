@@ -274,7 +274,12 @@ class _Builder:
             self._report("tokenizer", 0, None)
             # every character must be seen for a character vocabulary; merges need only a sample
             texts = training_texts(self.corpus, None if training.kind == "char" else SAMPLE_CHARACTERS)
-            tokenizer = train_tokenizer(training.kind, None if training.kind == "char" else training.vocab_size, texts)
+            tokenizer = train_tokenizer(
+                training.kind,
+                None if training.kind == "char" else training.vocab_size,
+                texts,
+                min_frequency=training.min_frequency,
+            )
         scratch = self.partial / "tokenizer.new"
         shutil.rmtree(scratch, ignore_errors=True)
         tokenizer.save(scratch)

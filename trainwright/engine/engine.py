@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainwright.base.protocols import StateDict
 from trainwright.engine.precision import Precision
+from trainwright.models import Decoder
 from trainwright.optim import EMA, GroupedOptimizer, clip_factor, gradient_norm
 
 __all__ = ["Engine", "LossSum", "StepReport"]
@@ -69,7 +70,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Decoder,
         optimizer: GroupedOptimizer,
         *,
         multiplier: Callable[[int], float],

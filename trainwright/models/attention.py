@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainwright.models.cache import LayerCache
 from trainwright.ops.attention import attention
 
-__all__ = ["attend"]
+__all__ = ["SelfAttention", "attend"]
+
+
+class SelfAttention(nn.Module):
+    """Base of every family's attention module: the one switch that they share.
+
+    `attention_backend` is used where no cache is, in training and evaluation; decoding always chooses by itself.
+    """
+
+    attention_backend: str = "auto"
 
 
 def attend(
@@ -23,19 +32,22 @@ def attend(
     window: int | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal attention of q [B, T, Hq, D] over k, v [B, T, Hkv, D] and what the cache holds; returns [B, T, Hq, D].
 
     document_ids [B, T] restricts each token to its own document; key_mask [B, S] (True = real token) hides padding.
     dropout is the probability of dropping an attention weight; above zero it costs a [B, Hq, T, T] matrix.
+    backend is a name of `ops.attention.BACKENDS` or "auto"; without effect beside a cache or dropout.
     """
     if cache is not None:
+        backend = "auto"
         k, v = cache.update(k, v)
         if key_mask is not None:
             key_mask = key_mask[:, -k.shape[1] :]
     if dropout > 0.0:
         return _attention_with_dropout(q, k, v, document_ids, key_mask, window, scale, dropout)
-    return attention(q, k, v, document_ids=document_ids, window=window, scale=scale, key_mask=key_mask)
+    return attention(q, k, v, document_ids=document_ids, window=window, scale=scale, key_mask=key_mask, backend=backend)
 
 
 def _attention_with_dropout(

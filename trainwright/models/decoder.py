@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainwright.models.attention import SelfAttention
 from trainwright.models.cache import KVCache
+from trainwright.ops.attention.choose import check_backend
 
 __all__ = ["Decoder"]
 
@@ -71,6 +73,18 @@ class Decoder(nn.Module, ABC):
             input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache, key_mask=key_mask
         )
         return F.linear(hidden, self.head_weight)
+
+    def set_attention_backend(self, name: str) -> None:
+        """Use one backend of `ops.attention.BACKENDS`, or "auto", wherever no cache is.
+
+        Raises:
+            ModelError: no backend is called that.
+        """
+        if name != "auto":
+            check_backend(name)
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.attention_backend = name
 
     def tie_weights(self) -> None:
         """Make head and embedding one parameter where the configuration says so. Call again after replacing either."""

@@ -197,7 +197,9 @@ def _settle_evaluation(ledger: _Ledger, recipe: Recipe, data: DataFacts, steps: 
         ledger.decisions.append(Decision("train.eval_every", f"{count} steps", reason))
         every = Duration(int(count), "steps")
     if recipe.train.eval_tokens == AUTO:
-        evaluations = max(1, steps // max(1, int(every.value))) if every != "never" and every.unit == "steps" else 10
+        evaluations = 10
+        if isinstance(every, Duration) and every.unit == "steps":
+            evaluations = max(1, steps // int(every.value))
         rows, reason = rules.choose_evaluation_rows(data, tokens=tokens, evaluations=evaluations)
         ledger.decisions.append(Decision("train.eval_tokens", rows, reason))
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from trainwright.models import Decoder
 from trainwright.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["CausalLM", "LossOutput", "Task"]
@@ -31,9 +32,9 @@ class Task(Protocol):
 
     name: str
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput: ...
+    def loss(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput: ...
 
-    def evaluate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput: ...
+    def evaluate(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput: ...
 
 
 class CausalLM:
@@ -52,17 +53,15 @@ class CausalLM:
         self.z_loss = z_loss
         self.compiled = compiled
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
+    def loss(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput:
         """The training objective: cross-entropy in nats, with label smoothing and z-loss where they are on."""
         return self._sums(model, batch, self.label_smoothing, self.z_loss)
 
-    def evaluate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossOutput:
+    def evaluate(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput:
         """Plain cross-entropy in nats, whatever the training objective adds to it."""
         return self._sums(model, batch, 0.0, 0.0)
 
-    def _sums(
-        self, model: nn.Module, batch: Mapping[str, Tensor], label_smoothing: float, z_loss: float
-    ) -> LossOutput:
+    def _sums(self, model: Decoder, batch: Mapping[str, Tensor], label_smoothing: float, z_loss: float) -> LossOutput:
         hidden = model.hidden_states(
             batch["input_ids"], position_ids=batch.get("position_ids"), document_ids=batch.get("document_ids")
         )

@@ -105,6 +105,7 @@ def _build_model(settled: Settled, policy: Precision) -> Decoder:
             dtype=policy.parameter_dtype,
             seed=settled.loaded.recipe.train.seed,
         )
+    model.set_attention_backend(settled.loaded.recipe.model.attention)
     return model.train()
 
 

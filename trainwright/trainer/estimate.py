@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trainwright.data import BuildSpec, TrainTokenizer, ValidationSpec, list_shards, load_tokenizer
+from trainwright.data import BuildSpec, TrainTokenizer, list_shards, load_tokenizer
+from trainwright.data.corpus import held_out_fraction
 from trainwright.planner import DataFacts
 
 __all__ = ["estimate_data"]
@@ -14,13 +15,6 @@ COMPRESSION = 4.0
 
 # Kinds of characters in a text of one script; Chinese has thousands, which a dry run cannot know.
 CHARACTERS = 256
-VALIDATION_SHARE = 0.02
-
-
-def _held_out(validation: ValidationSpec | None) -> float:
-    if validation is None or validation.sources:
-        return 0.0
-    return validation.fraction if validation.fraction is not None else VALIDATION_SHARE
 
 
 def estimate_data(spec: BuildSpec) -> DataFacts:
@@ -36,7 +30,7 @@ def estimate_data(spec: BuildSpec) -> DataFacts:
     else:
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         vocab_size, tokens = loaded.vocab_size, size / BYTES_PER_TOKEN
-    validation = tokens * _held_out(spec.validation)
+    validation = tokens * held_out_fraction(spec, int(size))
     length = spec.sequence_length
     return DataFacts(
         train_rows=max(1, int((tokens - validation) // length)),

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainwright.base.errors import ModelError
 from trainwright.config import ModelFromConfig, ModelFromFolder, ModelFromPreset, ModelSection
-from trainwright.models import ModelConfig, load_config, preset, replace
+from trainwright.models import ModelConfig, check_vocabulary, load_config, preset, replace
 from trainwright.models.fields import config_from_fields
 from trainwright.models.hub import download
 from trainwright.planner import Decision, choose_vocab_size
@@ -43,11 +43,7 @@ class ModelSource:
         """
         size = int(choose_vocab_size(tokenizer_size)[0]) if self.vocabulary_key else tokenizer_size
         config = self.make(size, sequence_length)
-        if config.vocab_size < tokenizer_size:
-            raise ModelError(
-                f"the tokenizer has {tokenizer_size:,} tokens, the model's embedding only {config.vocab_size:,} rows",
-                hint="leave model.vocab_size at auto, or use the tokenizer that belongs to the model",
-            )
+        check_vocabulary(config.vocab_size, tokenizer_size)
         if sequence_length > config.max_position_embeddings:
             raise ModelError(
                 f"data.sequence_length {sequence_length} is longer than the {config.max_position_embeddings} positions"

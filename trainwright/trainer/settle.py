@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,10 @@ from trainwright.base.device import device_facts, measure_matmul_peak
 from trainwright.base.events import emit
 from trainwright.config import LoadedRecipe
 from trainwright.data import BuildSpec, TokenDataset, build_spec, prepare_dataset
-from trainwright.models import ModelConfig, check_vocabulary, count_flops, count_parameters
+from trainwright.models import ModelConfig, count_flops, count_parameters
+from trainwright.ops.attention import choose_backend
 from trainwright.ops.cpu_runtime import tune_cpu_runtime
-from trainwright.planner import DataFacts, MachineFacts, ModelFacts, Plan, resolve
+from trainwright.planner import DataFacts, Decision, MachineFacts, ModelFacts, Plan, resolve
 from trainwright.trainer.estimate import estimate_data
 from trainwright.trainer.model_section import model_source
 
@@ -58,11 +60,13 @@ def settle(loaded: LoadedRecipe, *, build_data: bool = True) -> Settled:
     spec = build_spec(recipe.data, model_tokenizer=source.tokenizer)
     dataset, data = _data(spec, loaded, build_data)
     model_config = source.config_for(data.vocab_size, data.sequence_length)
-    if dataset is not None and source.pretrained is not None:
-        check_vocabulary(model_config, data.vocab_size)
     machine = machine_facts()
     plan = resolve(recipe, machine, data, _model_facts(model_config, data.sequence_length))
-    plan = plan.with_decisions(source.decisions(model_config, data.vocab_size))
+    earlier = source.decisions(model_config, data.vocab_size)
+    if recipe.model.attention == "auto":
+        masked = dataset is not None and dataset.has_document_ids
+        earlier += (_attention(machine.kind, data.sequence_length, masked, model_config.layer_windows()),)
+    plan = plan.with_decisions(earlier)
     emit("plan", text=plan.describe(), plan=plan.to_dict())
     return Settled(
         loaded=loaded.resolve(plan.updates()),
@@ -106,6 +110,13 @@ def _data(spec: BuildSpec, loaded: LoadedRecipe, build_data: bool) -> tuple[Toke
         trained_per_row=train.trained_tokens / train.rows,
         vocab_size=dataset.manifest.vocab_size,
     )
+
+
+def _attention(kind: str, length: int, documents: bool, windows: Sequence[int | None]) -> Decision:
+    """The backend for training's shape, by the rule of `choose_backend`; layers of one model all take the same."""
+    window = min((window for window in windows if window is not None and window < length), default=None)
+    choice = choose_backend(kind, query_length=length, key_length=length, documents=documents, window=window)
+    return Decision("model.attention", choice.name, choice.reason)
 
 
 def _model_facts(config: ModelConfig, sequence_length: int) -> ModelFacts:

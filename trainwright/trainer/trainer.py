@@ -104,7 +104,9 @@ class Trainer:
             self._train(run, stop)
             result = self._finish(run)
         except BaseException as error:
-            status = {Interrupted: "interrupted", DivergedError: "diverged"}.get(type(error), "failed")
+            status = "failed"
+            if isinstance(error, Interrupted | DivergedError):
+                status = "interrupted" if isinstance(error, Interrupted) else "diverged"
             end_session(
                 run, status, error=None if isinstance(error, Interrupted) else f"{type(error).__name__}: {error}"
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
-from trainwright.models.attention import attend
+from trainwright.models.attention import SelfAttention, attend
 from trainwright.models.cache import KVCache, LayerCache
 from trainwright.models.decoder import Decoder
 from trainwright.models.gpt2.config import GPT2Config
@@ -33,7 +33,7 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class GPT2Attention(nn.Module):
+class GPT2Attention(SelfAttention):
     """Multi-head attention; queries, keys and values come from one linear."""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
@@ -62,6 +62,7 @@ class GPT2Attention(nn.Module):
             cache=cache,
             scale=self.scale,
             dropout=self.attn_dropout if self.training else 0.0,
+            backend=self.attention_backend,
         )
         return self.resid_dropout(self.c_proj(out.flatten(-2)))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainwright.models.attention import attend
+from trainwright.models.attention import SelfAttention, attend
 from trainwright.models.cache import KVCache, LayerCache
 from trainwright.models.decoder import Decoder
 from trainwright.models.llama.config import LlamaConfig
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class Attention(nn.Module):
+class Attention(SelfAttention):
     """Grouped-query attention with rotary positions; optional biases, q/k norm and sliding window."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
@@ -72,6 +72,7 @@ class Attention(nn.Module):
             cache=cache,
             window=self.window,
             dropout=config.attention_dropout if self.training else 0.0,
+            backend=self.attention_backend,
         )
         return self.o_proj(out.flatten(-2))
 
