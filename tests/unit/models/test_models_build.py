@@ -263,3 +263,16 @@ def test_config_survives_its_fields(name: str) -> None:
 def test_bad_fields_are_named(values: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         config_from_fields(values)
+
+
+@pytest.mark.parametrize("name", ["llama-1m", "gpt2-nano"])
+def test_autocast_is_near_fp32(name: str) -> None:
+    config = dataclasses.replace(preset(name), initializer_range=0.05)
+    model = build_model(config).eval()
+    ids = torch.randint(0, 65, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = model(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(ids)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() / exact.norm() < 0.02
