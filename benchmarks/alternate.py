@@ -1,100 +1,127 @@
-"""Run contenders in turns, A B A B, in one process: each trains in its own thread, and only one may run at a time."""
+"""Run contenders in turns, A B A B: each lives in a process of its own, with its own allocator, threads and settings as
+its users have them, and only one computes at a time."""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import IO
 
-import torch
-
-__all__ = ["Contender", "alternate"]
-
-
-class _Over(Exception):
-    """Raised inside a contender to end it after its last turn."""
+__all__ = ["Contender", "alternate", "take_turns"]
 
 
 @dataclass
 class Contender:
-    """One side of a comparison.
+    """One side of a comparison, as the parent sees it.
 
     Args:
-        name: shown in the table.
-        train: trains for ever, calling its argument after every optimizer step.
+        name: shown in the table; the script is started again with `--side NAME` to be this side.
+        arguments: further arguments of that process.
     """
 
     name: str
-    train: Callable[[Callable[[], None]], None]
-    step_seconds: list[list[float]] = field(default_factory=list)
-    _turn: threading.Event = field(default_factory=threading.Event)
-    _done: threading.Event = field(default_factory=threading.Event)
-    _left: int = 0
-    _over: bool = False
-    _last: float = 0.0
-    _error: BaseException | None = None
+    arguments: Sequence[str] = ()
+    seconds_of_turns: list[list[float]] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    _process: subprocess.Popen[str] | None = None
 
     def seconds(self) -> float:
         """Median seconds of a step over all turns; the first step of each turn warms the caches and is left out."""
-        return statistics.median(s for turn in self.step_seconds for s in turn[1:])
+        return statistics.median(s for turn in self.seconds_of_turns for s in turn[1:])
 
     def spread(self) -> tuple[float, float]:
         """Fastest and slowest turn, by their median step."""
-        medians = [statistics.median(turn[1:]) for turn in self.step_seconds]
+        medians = [statistics.median(turn[1:]) for turn in self.seconds_of_turns]
         return min(medians), max(medians)
 
-    def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)  # a setting of the calling thread
-        self._turn.wait()
-        self._last = time.perf_counter()
-        try:
-            self.train(self._step_done)
-        except _Over:
-            pass
-        except BaseException as error:
-            self._error = error
-        self._done.set()
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, sys.argv[0], "--side", self.name, *self.arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
-    def _step_done(self) -> None:
-        now = time.perf_counter()
-        self.step_seconds[-1].append(now - self._last)
-        self._left -= 1
-        if self._left == 0:
-            self._turn.clear()
-            self._done.set()
-            self._turn.wait()
-            if self._over:
-                raise _Over
-        self._last = time.perf_counter()
+    def turn(self, steps: int) -> None:
+        """Let the side take `steps` steps; raises RuntimeError when it died (its errors are on stderr)."""
+        assert self._process is not None, "not started"
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended early with exit code {self._process.wait()}")
+        report = json.loads(line)
+        self.seconds_of_turns.append(report["seconds"])
+        self.values.extend(report["values"])
 
-    def _take_turn(self, steps: int) -> None:
-        self._left = steps
-        self.step_seconds.append([])
-        self._done.clear()
-        self._turn.set()
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
-def alternate(contenders: Sequence[Contender], *, turns: int, steps: int, warmup: int, threads: int) -> None:
+def alternate(contenders: Sequence[Contender], *, turns: int, steps: int, warmup: int) -> None:
     """Give each contender `warmup` steps (compiling included), then `turns` rounds of `steps` steps each, in order."""
-    workers = [threading.Thread(target=c._run, args=(threads,), daemon=True) for c in contenders]
-    for worker, contender in zip(workers, contenders, strict=True):
-        worker.start()
-        contender._take_turn(warmup)
-        contender.step_seconds.clear()
-        print(f"warmed up: {contender.name}", flush=True)
-    for turn in range(turns):
+    try:
         for contender in contenders:
-            contender._take_turn(steps)
-            print(
-                f"turn {turn + 1}: {contender.name} {statistics.median(contender.step_seconds[-1][1:]):.3f} s/step",
-                flush=True,
-            )
-    for worker, contender in zip(workers, contenders, strict=True):
-        contender._over = True
-        contender._turn.set()
-        worker.join(timeout=60)
+            contender.start()
+            contender.turn(warmup)
+            contender.seconds_of_turns.clear()
+            contender.values.clear()
+            print(f"warmed up: {contender.name}", flush=True)
+        for number in range(turns):
+            for contender in contenders:
+                contender.turn(steps)
+                pace = statistics.median(contender.seconds_of_turns[-1][1:])
+                print(f"turn {number + 1}: {contender.name} {pace:.3f} s/step", flush=True)
+    finally:
+        for contender in contenders:
+            contender.stop()
+
+
+class _Over(Exception):
+    """Raised inside a side when the parent has no more turns for it."""
+
+
+def take_turns(train: Callable[[Callable[..., None]], None]) -> None:
+    """Be a side: `train` trains for ever and calls its argument after every step, with a number to report if wanted."""
+    reports: IO[str] = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the side prints must not get between the reports
+    seconds: list[float] = []
+    values: list[float] = []
+    wanted = 0
+    last = 0.0
+
+    def wait_for_turn() -> None:
+        nonlocal wanted, last
+        line = sys.stdin.readline()
+        if not line:
+            raise _Over
+        wanted = int(line)
+        last = time.perf_counter()
+
+    def step_done(value: float | None = None) -> None:
+        nonlocal last
+        seconds.append(time.perf_counter() - last)
+        if value is not None:
+            values.append(value)
+        if len(seconds) == wanted:
+            print(json.dumps({"seconds": seconds, "values": values}), file=reports, flush=True)
+            seconds.clear()
+            values.clear()
+            wait_for_turn()
+        last = time.perf_counter()
+
+    try:
+        wait_for_turn()
+        train(step_done)
+    except _Over:
+        return

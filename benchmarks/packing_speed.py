@@ -1,4 +1,4 @@
-"""Trained tokens per second with best_fit packing against padding, on instruction text, A B A B in one process.
+"""Trained tokens per second with best_fit packing against padding, on instruction text, in turns A B A B.
 
     python benchmarks/packing_speed.py ../shared/data/dolly_slice/dolly_first6400_instruction_response.jsonl
 
@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from alternate import Contender, alternate
+from alternate import Contender, alternate, take_turns
 
 
 def as_text(source: Path, target: Path) -> int:
@@ -31,18 +30,17 @@ def as_text(source: Path, target: Path) -> int:
     return count
 
 
-def trains(packing: str, source: Path, folder: Path, length: int, rows: int, counts: list[int]) -> Callable[..., None]:
-    """A contender that notes the trained tokens of every step in `counts`."""
+def trains(packing: str, source: Path, folder: Path, length: int, rows: int) -> Callable[..., None]:
+    """A side that reports the trained tokens of every step."""
 
-    def train(step_done: Callable[[], None]) -> None:
+    def train(step_done: Callable[[float], None]) -> None:
         from trainwright.trainer import Callback, Trainer
 
         class Tick(Callback):
             name = "tick"
 
             def on_step_end(self, run: Any, report: Any) -> None:
-                counts.append(int(report.tokens))
-                step_done()
+                step_done(int(report.tokens))
 
         Trainer(
             {
@@ -75,21 +73,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.side:
+        documents_file = options.folder / "documents.jsonl"
+        take_turns(trains(options.side, documents_file, options.folder, options.length, options.rows))
+        return
     folder = Path(tempfile.mkdtemp())
     documents = as_text(options.source, folder / "documents.jsonl")
-    counts: dict[str, list[int]] = {"best_fit": [], "pad": []}
-    contenders = [
-        Contender(name, trains(name, folder / "documents.jsonl", folder, options.length, options.rows, counts[name]))
-        for name in counts
-    ]
-    alternate(contenders, turns=options.turns, steps=options.steps, warmup=3, threads=torch.get_num_threads())
-    rates = {c.name: statistics.mean(counts[c.name]) / c.seconds() for c in contenders}
+    shape = ["--folder", str(folder), "--length", str(options.length), "--rows", str(options.rows)]
+    contenders = [Contender(name, [str(options.source), *shape]) for name in ("best_fit", "pad")]
+    alternate(contenders, turns=options.turns, steps=options.steps, warmup=3)
+    rates = {c.name: statistics.mean(c.values) / c.seconds() for c in contenders}
     print(f"\n{documents:,} documents, rows of {options.length}, {options.rows} rows a step\n")
     print("| packing | trained tokens per step | share of positions | s/step | trained tokens/s | against pad |")
     print("|---|---|---|---|---|---|")
     for contender in contenders:
-        trained = statistics.mean(counts[contender.name])
+        trained = statistics.mean(contender.values)
         print(
             f"| {contender.name} | {trained:,.0f} | {trained / (options.rows * options.length):.1%} |"
             f" {contender.seconds():.3f} | {rates[contender.name]:,.0f} | {rates[contender.name] / rates['pad']:.2f}x |"

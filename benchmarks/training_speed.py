@@ -1,4 +1,4 @@
-"""Training speed of the 34M llama against transformers.Trainer and a plain PyTorch loop, A B A B in one process.
+"""Training speed of the 34M llama against transformers.Trainer and a plain PyTorch loop, in turns A B A B.
 
     python benchmarks/training_speed.py                  # all three
     python benchmarks/training_speed.py --skip-plain     # without the slow fp32 loop
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from alternate import Contender, alternate
+from alternate import Contender, alternate, take_turns
 
 from trainwright.base.device import measure_matmul_peak
 from trainwright.models import count_flops, preset
@@ -28,7 +28,8 @@ def token_rows(count: int) -> torch.Tensor:
     """Rows of `LENGTH + 1` tokens with a Zipf-like distribution, as real text has."""
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand(count, LENGTH + 1, generator=generator)
-    return (VOCABULARY**uniform - 1).long().clamp(max=VOCABULARY - 1)
+    kinds = VOCABULARY - 8  # room for the special tokens of a character tokenizer
+    return (kinds**uniform - 1).long().clamp(max=kinds - 1)
 
 
 def train_ours(step_done: Callable[[], None]) -> None:
@@ -139,19 +140,24 @@ def train_plain(step_done: Callable[[], None]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--skip-plain", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    sides = {
+        "trainwright": train_ours,
+        "transformers.Trainer": train_transformers,
+        "plain loop, fp32 eager": train_plain,
+    }
+    if options.side:
+        take_turns(sides[options.side])
+        return
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peaks = [measure_matmul_peak(device, torch.bfloat16)]
-    contenders = [Contender("trainwright", train_ours), Contender("transformers.Trainer", train_transformers)]
-    if not options.skip_plain:
-        contenders.append(Contender("plain loop, fp32 eager", train_plain))
-    alternate(contenders, turns=options.turns, steps=options.steps, warmup=3, threads=options.threads)
+    contenders = [Contender(name) for name in sides if not (options.skip_plain and name.startswith("plain"))]
+    alternate(contenders, turns=options.turns, steps=options.steps, warmup=3)
     peaks.append(measure_matmul_peak(device, torch.bfloat16))
 
     flops = count_flops(preset("llama-34m"), LENGTH)
