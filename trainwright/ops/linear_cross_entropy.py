@@ -143,15 +143,18 @@ def _forward(
             inside = slice(start, start + options.chunk_tokens)
             chunk = narrow[inside]
             raw = chunk @ head.t()
-            targets = torch.where(labels[inside] != options.ignore_index, labels[inside], 0)[:, None]
-            chosen = raw.gather(1, targets)[:, 0]
+            targets = torch.where(labels[inside] != options.ignore_index, labels[inside], 0)
+            tokens = torch.arange(len(targets), device=targets.device)
+            chosen = raw[tokens, targets]
             counts = (labels[inside] != options.ignore_index).to(wide)
             row_sums, logits_grad, chosen_grad = statistics(
                 raw, chosen, counts, options.label_smoothing, options.z_loss, options.softcap, with_grad
             )
             rows.append(row_sums)
             if with_grad:
-                logits_grad.scatter_(1, targets, chosen_grad[:, None])
+                logits_grad[tokens, targets] = (
+                    chosen_grad  # not scatter_: on CPU that copies all of a bf16 tensor, twice
+                )
             if hidden_grad is not None:
                 torch.mm(logits_grad, head, out=hidden_grad[inside])
             if weight_grad is not None:
