@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,14 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer("bpe", 320, TEXTS * 4)
 
 
-@pytest.fixture(scope="session", params=["llama", "gpt2"])
+@pytest.fixture(scope="session", params=["llama", "mistral", "gpt2"])
 def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Decoder:
     """Large random weights, so that distributions are far from flat and every token matters for the next."""
-    changes = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 96, "initializer_range": 0.15}
-    return build_model(preset("llama-1m" if request.param == "llama" else "gpt2-nano", **changes), seed=4).eval()
+    changes: dict[str, Any] = {"max_position_embeddings": 96, "initializer_range": 0.15}
+    changes["vocab_size"] = tokenizer.vocab_size
+    if request.param == "mistral":
+        changes |= {"architecture": "mistral", "sliding_window": 10}
+    return build_model(preset("gpt2-nano" if request.param == "gpt2" else "llama-1m", **changes), seed=4).eval()
 
 
 @pytest.fixture

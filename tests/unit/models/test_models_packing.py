@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trainwright.base.errors import ModelError
 from trainwright.models import Decoder, build_model, preset, replace
 
 FAMILIES = {
@@ -37,6 +38,20 @@ def test_packed_row_equals_single_documents(model: Decoder, lengths: tuple[int, 
         alone = torch.cat([model(document) for document in documents], dim=1)
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(model(packed, position_ids=positions), alone, atol=1e-3), "the mask does something"
+
+
+@pytest.mark.parametrize("backend", ["reference", "grouped", "blocked", "sdpa"])
+def test_attention_backends_agree(model: Decoder, backend: str) -> None:
+    ids = draw(2, 200)
+    with torch.no_grad():
+        expected = model(ids)
+        model.set_attention_backend(backend)
+        torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=2e-5)
+        cache = model.make_cache(2, 200)
+        model(ids[:, :150], cache=cache)
+        torch.testing.assert_close(model(ids[:, 150:], cache=cache), expected[:, 150:], rtol=1e-4, atol=2e-5)
+    with pytest.raises(ModelError, match="warp"):
+        model.set_attention_backend("warp")
 
 
 def test_packed_gradients_equal_single_documents(model: Decoder) -> None:
