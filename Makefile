@@ -4,7 +4,6 @@
 # make bench       the tables of docs/benchmarks.md; wants a machine that does nothing else
 #
 # PYTHON=python3.12 chooses another Python (3.11 or later). WORKERS=8 runs that many tests at a time.
-# A machine without a GPU saves 2 GB with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 
 PYTHON ?= python3
 WORKERS ?= 2

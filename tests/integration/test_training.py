@@ -281,6 +281,20 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_state
     assert json.loads((tmp_path / "tiny" / "run.json").read_text(encoding="utf-8"))["status"] == "diverged"
 
 
+def test_a_gradient_that_is_not_a_number_is_skipped_or_stops(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINWRIGHT_FAULTS", "step.after_backward:nan@step=5")
+    folder = Trainer(tiny(tmp_path), overrides=["train.on_nan=skip"]).fit().folder
+    skipped = [record["step"] for record in read_history(folder / "metrics.jsonl", "step") if record["skipped"]]
+    assert skipped == [6]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
+    with pytest.raises(DivergedError, match=r"step 6: gradient norm is nan"):
+        Trainer(tiny(tmp_path), overrides=["train.on_nan=stop", "run.name=stopped"]).fit()
+    state, _ = load_checkpoint(list_checkpoints(tmp_path / "stopped" / "checkpoints")[-1].path)
+    assert all(torch.isfinite(tensor).all() for tensor in state["engine"]["model"].values())
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
     recipe["model"] = {"preset": "llama-1m", "vocab_size": 100}

@@ -104,6 +104,12 @@ class Engine:
         self._loss_sum += output.loss_sum.detach()
         self._count += output.count
 
+    def poison(self) -> None:
+        """Make this step's gradient NaN: what the fault action `nan` rehearses."""
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.nan)
+
     def step(self, guard: Guard | None = None) -> StepReport:
         """Divide by the step's token count, clip, update the parameters and start the next step with no gradient.
 

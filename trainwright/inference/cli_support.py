@@ -8,12 +8,12 @@ import torch
 
 from trainwright.base.device import device_facts
 from trainwright.base.errors import CheckpointError, ModelError
-from trainwright.checkpoint import latest, load_checkpoint
+from trainwright.checkpoint import latest
 from trainwright.data import load_tokenizer
+from trainwright.inference.checkpoints import load_checkpointed_model
 from trainwright.inference.generate import Generator
 from trainwright.inference.options import GenerationOptions, options_from_hf
-from trainwright.models import Decoder, build_model, load_pretrained
-from trainwright.models.fields import config_from_fields
+from trainwright.models import Decoder, load_pretrained
 from trainwright.models.importing import read_json
 
 __all__ = ["load_generator"]
@@ -57,21 +57,8 @@ def _from_checkpoint(run: Path, device: torch.device, dtype: torch.dtype | None)
     newest = latest(run / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint yet and no exported model", hint="wait for the first save")
-    state, meta = load_checkpoint(newest)
-    try:
-        config, weights = config_from_fields(meta["model"]), dict(state["engine"]["model"])
-    except KeyError as error:
-        raise CheckpointError(f"{newest} holds no model ({error.args[0]!r} is missing)") from error
-    weights.update(state["engine"].get("ema", {}).get("averages", {}))
-    model = build_model(config, device="meta", dtype=dtype or next(iter(weights.values())).dtype)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in weights or weights[name].shape != parameter.shape:
-                raise CheckpointError(f"{newest}: {name} is missing or not of shape {list(parameter.shape)}")
-            parameter.copy_(weights[name])
-    return Generator(_place(model.eval(), device), load_tokenizer(str(run / "tokenizer")))
+    model = load_checkpointed_model(newest, dtype=dtype)
+    return Generator(_place(model, device), load_tokenizer(str(run / "tokenizer")))
 
 
 def _place(model: Decoder, device: torch.device) -> Decoder:

@@ -81,6 +81,10 @@ def describe(record: Record) -> list[str]:
             return [f"checkpoint of step {record.get('step')} FAILED: {record.get('reason', 'no reason given')}"]
         case "sample":
             return [f"sample at step {record.get('step')}:", *(f"  {line}" for line in _sample(record).splitlines())]
+        case "notice":
+            return [str(record.get("message", ""))]
+        case "resume":
+            return [f"resumed from {record.get('path')}: step {record.get('step')} of {record.get('total_steps')}"]
         case "warning":
             lines = [f"warning: {record.get('message', '')}"]
             return [*lines, f"  -> {record['hint']}"] if record.get("hint") else lines

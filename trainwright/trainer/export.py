@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 from trainwright.base.errors import CheckpointError, ConfigError
-from trainwright.checkpoint import latest, load_checkpoint
+from trainwright.checkpoint import latest, list_checkpoints
 from trainwright.data import Tokenizer, load_tokenizer
-from trainwright.models import Decoder, build_model, save_pretrained
-from trainwright.models.fields import config_from_fields
+from trainwright.inference.checkpoints import load_checkpointed_model
+from trainwright.models import Decoder, save_pretrained
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import RunFolder
 
-__all__ = ["export_model", "export_run", "load_checkpointed_model"]
+__all__ = ["export_model", "export_run"]
 
 
 def export_model(run: Run) -> Path:
@@ -42,30 +42,21 @@ def export_run(run_folder: str | Path, destination: str | Path, *, step: int | N
         raise ConfigError(f"{destination} is not empty", hint="name a new folder; nothing is overwritten")
     if step is None and (folder.model / "config.json").exists():
         return Path(shutil.copytree(folder.model, destination, dirs_exist_ok=True))
-    _write(load_checkpointed_model(folder, step), load_tokenizer(folder.tokenizer), destination)
+    _write(load_checkpointed_model(_checkpoint(folder, step)), load_tokenizer(folder.tokenizer), destination)
     return destination
 
 
-def load_checkpointed_model(folder: RunFolder, step: int | None) -> Decoder:
-    """The model of a checkpoint on CPU, with averaged weights where the run keeps them; None is the newest good one."""
+def _checkpoint(folder: RunFolder, step: int | None) -> Path:
+    """The checkpoint folder of a step; None is the newest good one."""
     path = folder.checkpoints / f"step-{step}" if step is not None else latest(folder.checkpoints)
-    if path is None or not path.exists():
-        held = sorted(
-            int(p.name.removeprefix("step-")) for p in folder.checkpoints.glob("step-*") if p.name[5:].isdigit()
-        )
-        seen = f"checkpoints: {', '.join(map(str, held))}" if held else "it has no checkpoints"
-        raise CheckpointError(
-            f"{folder.path} has no checkpoint of step {step}" if step else f"{folder.path}: {seen}", hint=seen
-        )
-    state, meta = load_checkpoint(path)
-    weights = state["engine"]["model"]
-    model = build_model(config_from_fields(meta["model"]), dtype=next(iter(weights.values())).dtype)
-    model.load_state_dict(weights)
-    if "ema" in state["engine"]:
-        averages = state["engine"]["ema"]["averages"]
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(averages[name])
-    return model.eval()
+    if path is not None and path.exists():
+        return path
+    steps = [str(info.step) for info in list_checkpoints(folder.checkpoints)]
+    wanted = "no checkpoint yet" if step is None else f"no checkpoint of step {step}"
+    raise CheckpointError(
+        f"{folder.path} has {wanted}",
+        hint=f"it has the steps {', '.join(steps)}" if steps else "wait for the first save",
+    )
 
 
 def _write(model: Decoder, tokenizer: Tokenizer, destination: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from trainwright.base.device import device_facts, measure_matmul_peak
 from trainwright.base.events import emit
+from trainwright.base.text import human_bytes
 from trainwright.config import LoadedRecipe
-from trainwright.data import BuildSpec, TokenDataset, build_spec, prepare_dataset
+from trainwright.data import BuildProgress, BuildSpec, TokenDataset, build_spec, prepare_dataset
 from trainwright.models import ModelConfig, count_flops, count_parameters
 from trainwright.ops.attention import choose_backend
 from trainwright.ops.cpu_runtime import tune_cpu_runtime
@@ -20,6 +21,7 @@ from trainwright.trainer.model_section import model_source
 
 __all__ = ["Settled", "machine_facts", "settle"]
 
+NOTICE_SECONDS = 5.0
 PEAK_SECONDS = 0.5  # per type: enough for a few dozen products, of which the fastest counts
 
 
@@ -78,6 +80,24 @@ def settle(loaded: LoadedRecipe, *, build_data: bool = True) -> Settled:
     )
 
 
+class _BuildNotices:
+    """Says how far a build is, every few seconds; a build that is quicker than that says nothing."""
+
+    def __init__(self) -> None:
+        self._next = NOTICE_SECONDS
+
+    def __call__(self, progress: BuildProgress) -> None:
+        if progress.seconds < self._next:
+            return
+        self._next = progress.seconds + NOTICE_SECONDS
+        share = progress.bytes_done / max(progress.bytes_total, 1)
+        emit(
+            "notice",
+            message=f"building data: {progress.phase} {share:.0%},"
+            f" {human_bytes(progress.bytes_done)} of {human_bytes(progress.bytes_total)}",
+        )
+
+
 def machine_facts() -> MachineFacts:
     """The machine, with its matrix-product rates measured now (about one second)."""
     facts = device_facts()
@@ -100,7 +120,7 @@ def _data(spec: BuildSpec, loaded: LoadedRecipe, build_data: bool) -> tuple[Toke
     if not build_data:
         return None, estimate_data(spec)
     workers = None if section.workers == "auto" else section.workers
-    dataset = prepare_dataset(spec, section.cache, workers)
+    dataset = prepare_dataset(spec, section.cache, workers, progress=_BuildNotices())
     train = dataset.facts("train")
     validation = dataset.rows("validation") if "validation" in dataset.splits else 0
     return dataset, DataFacts(

@@ -89,20 +89,20 @@ class Trainer:
             entered = enter_folder(self.loaded, self.resume, stack)
             recipe = entered.loaded.recipe
             stack.enter_context(Monitor([console_sink(recipe.monitor, device_facts().memory_bytes)]))
-            stop = stack.enter_context(StopRequest())
             settled = settle(entered.loaded)
             run = build(settled, entered, self.callbacks, stack)
             if entered.resuming:
                 restore(run)
             stack.enter_context(Monitor(file_sinks(run, resuming=entered.resuming)))
             begin_session(run, entered, settled)
-            return self._guarded(run, stop)
+            return self._guarded(run)
 
-    def _guarded(self, run: Run, stop: StopRequest) -> RunResult:
-        """Train to the end; however it ends, `run.json` says so."""
+    def _guarded(self, run: Run) -> RunResult:
+        """Train to the end; however it ends, `run.json` says so. Until here Ctrl-C simply ends: nothing is lost."""
         try:
-            self._train(run, stop)
-            result = self._finish(run)
+            with StopRequest() as stop:
+                self._train(run, stop)
+                result = self._finish(run)
         except BaseException as error:
             status = "failed"
             if isinstance(error, Interrupted | DivergedError):
@@ -157,7 +157,8 @@ class Trainer:
             with engine.autocast():
                 output = run.task.loss(engine.model, micro_batch)
             engine.backward(output)
-        fault_point("step.after_backward", step=run.state.step)
+        if fault_point("step.after_backward", step=run.state.step) == "nan":
+            engine.poison()
         return engine.step(run.guard)
 
     def _report(self, run: Run, report: StepReport, seconds: float) -> None:

@@ -1,0 +1,40 @@
+"""The model inside a checkpoint, which carries its own configuration: for generation and export without the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trainwright.base.errors import CheckpointError
+from trainwright.checkpoint import load_checkpoint
+from trainwright.models import Decoder, build_model
+from trainwright.models.fields import config_from_fields
+
+__all__ = ["load_checkpointed_model"]
+
+
+def load_checkpointed_model(path: Path, *, dtype: torch.dtype | None = None) -> Decoder:
+    """The model of a checkpoint folder, on the CPU in evaluation mode; averaged weights where there are any.
+
+    dtype: None keeps that of the trained weights.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or holds no model or not all of its weights.
+    """
+    state, meta = load_checkpoint(path)
+    try:
+        config, weights = config_from_fields(meta["model"]), dict(state["engine"]["model"])
+    except KeyError as error:
+        raise CheckpointError(f"{path} holds no model ({error.args[0]!r} is missing)") from error
+    trained_dtype = next(iter(weights.values())).dtype
+    weights.update(state["engine"].get("ema", {}).get("averages", {}))
+    model = build_model(config, device="meta", dtype=dtype or trained_dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                raise CheckpointError(f"{path}: {name} is missing or not of shape {list(parameter.shape)}")
+            parameter.copy_(weights[name])
+    return model.eval()
