@@ -1,4 +1,4 @@
-"""Norms, activations, fused linear layers and the runtime settings."""
+"""Norms, activations and the runtime settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from trainwright.base.errors import ModelError
 from trainwright.ops.activation import activation, gelu_new, swiglu, swiglu_reference
 from trainwright.ops.cpu_runtime import tune_cpu_runtime
-from trainwright.ops.linear import fused_linear, fused_linear_reference
 from trainwright.ops.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 
 
@@ -60,30 +59,6 @@ def test_activations_by_their_hugging_face_names() -> None:
     assert activation("gelu_new") is gelu_new
     with pytest.raises(ModelError, match="unknown activation 'gelo'"):
         activation("gelo")
-
-
-@pytest.mark.parametrize("biased", ["none", "some"])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_fused_linear_equals_one_after_the_other(biased: str, autocast: bool) -> None:
-    x = torch.randn(2, 7, 16, requires_grad=True)
-    weights = [torch.randn(n, 16, requires_grad=True) for n in (8, 3, 5)]
-    biases = (
-        None if biased == "none" else [torch.randn(8, requires_grad=True), None, torch.randn(5, requires_grad=True)]
-    )
-    leaves = [x, *weights, *(each for each in biases or () if each is not None)]
-
-    def run(function: Any) -> tuple[Any, Any]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            outs = function(x, weights, biases)
-        return outs, torch.autograd.grad(sum(out.float().square().sum() for out in outs), leaves)
-
-    outs, grads = run(fused_linear)
-    expected, expected_grads = run(fused_linear_reference)
-    assert [out.shape[-1] for out in outs] == [8, 3, 5]
-    bound = 2e-2 if autocast else 2e-6  # bf16 rounds the summed gradient of x once, not once for each layer
-    for left, right in zip((*outs, *grads), (*expected, *expected_grads), strict=True):
-        assert left.dtype == right.dtype
-        assert (left.float() - right.float()).norm() <= bound * right.float().norm()
 
 
 def test_tuning_the_runtime_says_what_it_did() -> None:
