@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from trainwright.ops.activation import swiglu
 from trainwright.ops.attention import attention
-from trainwright.ops.linear import fused_linear
 from trainwright.ops.linear_cross_entropy import linear_cross_entropy
 from trainwright.ops.norm import rms_norm
 from trainwright.ops.rotary import apply_rotary, rotary_tables
@@ -41,13 +40,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rows, length, _ = x.shape
-        q, k, v = fused_linear(rms_norm(x, self.norms[0]), [layer.weight for layer in self.qkv])
-        q, k, v = (each.view(rows, length, HEADS, WIDTH // HEADS) for each in (q, k, v))
+        h = rms_norm(x, self.norms[0])
+        q, k, v = (layer(h).view(rows, length, HEADS, WIDTH // HEADS) for layer in self.qkv)
         q, k = apply_rotary(q, k, cos, sin)
         x = x + self.out(attention(q, k, v).reshape(rows, length, WIDTH))
-        return x + self.down(
-            swiglu(*fused_linear(rms_norm(x, self.norms[1]), [layer.weight for layer in self.gate_up]))
-        )
+        h = rms_norm(x, self.norms[1])
+        return x + self.down(swiglu(*(layer(h) for layer in self.gate_up)))
 
 
 def train(variant: str, rows: int, steps: int) -> dict[str, float]:
