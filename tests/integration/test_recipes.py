@@ -1,4 +1,4 @@
-"""Every recipe that is shipped runs, shrunk by its own `run.smoke` values, through the command line, from start to text."""
+"""Every shipped recipe runs, shrunk by its own `run.smoke` values, through the command line, from start to text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From a recipe to a run folder, in this process: what is written, that it learns, that accumulation changes nothing."""
+"""From a recipe to a run folder, in this process: what is written, that it learns, that accumulation changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -249,7 +250,7 @@ def test_a_resume_with_another_dataset_is_refused(
         Trainer(recipe).fit()
     monkeypatch.delenv("TRAINWRIGHT_FAULTS")
     (text / "new.py").write_text("print('one more file')\n" * 50, encoding="utf-8")
-    with pytest.raises((DataError, ModelError), match="changed|differ"):
+    with pytest.raises((DataError, ModelError), match=r"changed|differ"):
         Trainer(recipe, resume="auto").fit()
 
 
@@ -276,7 +277,7 @@ def test_a_folder_in_use_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pyt
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_state(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny(tmp_path)
     recipe["optim"] = {"name": "sgd", "lr": 1e20, "clip_norm": None, "schedule": {"name": "constant", "warmup": 0}}
-    with pytest.raises(DivergedError, match="is (nan|inf)"):
+    with pytest.raises(DivergedError, match=r"is (nan|inf)"):
         Trainer(recipe).fit()
     assert json.loads((tmp_path / "tiny" / "run.json").read_text(encoding="utf-8"))["status"] == "diverged"
 
