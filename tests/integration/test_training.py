@@ -1,5 +1,4 @@
-"""From a recipe to a run folder, in this process: what is written, that it learns, that accumulation changes nothing.
-"""
+"""From a recipe to a run folder: what is written, that it learns, that it resumes exactly, what is refused."""
 
 from __future__ import annotations
 

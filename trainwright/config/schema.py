@@ -16,7 +16,7 @@ from trainwright.config.train_section import Task, TaskSection, TrainSection
 
 __all__ = ["Precision", "Recipe", "json_schema"]
 
-Precision = Literal["auto", "bf16", "bf16_pure", "fp32", "fp16"]
+Precision = Literal["auto", "bf16", "bf16_pure", "fp32"]
 
 
 class Recipe(Section):
@@ -32,8 +32,8 @@ class Recipe(Section):
     """How long, in what batches, how checked, and what happens when it goes wrong."""
     optim: OptimSection = AdamW()
     """The optimizer, its schedule, and rules for groups of parameters."""
-    precision: Annotated[Precision, Words(("auto", "bf16", "bf16_pure", "fp32", "fp16"))] = "auto"
-    """bf16: fp32 weights, bf16 products; bf16_pure: bf16 weights too; fp16: with loss scaling, on CUDA; fp32."""
+    precision: Annotated[Precision, Words(("auto", "bf16", "bf16_pure", "fp32"))] = "auto"
+    """bf16: fp32 weights, bf16 products; bf16_pure: bf16 weights too, an fp32 copy in the optimizer; fp32."""
     checkpoint: CheckpointSection = CheckpointSection()
     """Resumable state on disk."""
     monitor: MonitorSection = MonitorSection()

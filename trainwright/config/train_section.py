@@ -80,8 +80,6 @@ class TrainSection(Section):
     """Validation tokens of one evaluation, always the same ones."""
     seed: Annotated[int, Whole()] = 0
     """Seeds initialisation, order of rows and dropout."""
-    shuffle: Annotated[bool, Truth()] = True
-    """Rows in a keyed random order that is new in every epoch; false keeps the order of the build."""
     compile: Annotated[bool | Auto, Truth(("auto",))] = "auto"
     """torch.compile for each block; auto when a compiler is there and the run is long enough to earn it back."""
     deterministic: Annotated[bool | Auto, Truth(("auto",))] = "auto"

@@ -208,7 +208,8 @@ class Trainer:
 
     def _finish(self, run: Run) -> RunResult:
         result = self.evaluate(run)
-        run.save(final=True)
+        if run.recipe.checkpoint.save_final:
+            run.save(final=True)
         for callback in run.callbacks:
             callback.on_run_end(run)
         export_model(run)
