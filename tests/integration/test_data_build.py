@@ -102,7 +102,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(corpus: Path, tmp
         kills += finish(process) != 0
         if (tmp_path / "out").exists():
             break
-    assert kills >= 4
+    assert kills >= 3  # the named points always strike; a random moment may come after the end on a fast machine
     assert finish(start(corpus, tmp_path / "out", 2)) == 0
     assert digest(tmp_path / "out") == digest(tmp_path / "undisturbed")
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == ["out", "undisturbed"]

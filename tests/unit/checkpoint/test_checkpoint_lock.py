@@ -65,12 +65,13 @@ def test_a_forked_worker_that_outlives_its_parent_does_not_hold_the_lock(tmp_pat
     code = (
         "import os, sys, time\nfrom trainwright.checkpoint import RunLock\n"
         "lock = RunLock(sys.argv[1])\npid = os.fork()\n"
-        "if pid == 0:\n    time.sleep(30); os._exit(0)\n"
-        "print(pid, flush=True); os.kill(os.getpid(), 9)"
+        "if pid == 0:\n    print(os.getpid(), flush=True); time.sleep(30); os._exit(0)\n"
+        "time.sleep(30)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    child = int(parent.stdout.readline())
+    child = int(parent.stdout.readline())  # from the child itself: it has run what follows a fork
+    parent.kill()
     parent.wait()
     try:
         os.kill(child, 0)  # it lives

@@ -192,9 +192,9 @@ def test_the_tokenizer_never_sees_what_is_held_out(tmp_path: Path, monkeypatch: 
     texts = [f"train{number}" for number in range(100)]
     seen: list[str] = []
 
-    def spy(kind: str, size: int | None, given: object) -> object:
+    def spy(kind: str, size: int | None, given: object, **options: int) -> object:
         seen.extend(given)  # type: ignore[call-overload]
-        return train_tokenizer(kind, size, seen)
+        return train_tokenizer(kind, size, seen, **options)
 
     monkeypatch.setattr("trainwright.data.tokenizers.train_tokenizer", spy)
     dataset = prepare_dataset(bpe_spec(tmp_path, texts), tmp_path / "cache", 1)
