@@ -13,16 +13,16 @@ from trainwright.planner.facts import MachineFacts, ModelFacts
 __all__ = ["MemoryPrediction", "predict_memory", "predict_tokens_per_second", "utilisation"]
 
 # Share of the measured matmul peak that a whole training step reaches, by (device kind, compiled).
-# CPU rows: measured on 2 cores of an AMD EPYC 9004, llama 5M-34M, 512 tokens (docs/benchmarks.md). CUDA rows: the
-# published range of dense single-GPU runs (0.35-0.5) until a machine's own history replaces them.
-_UTILISATION = {("cpu", True): 0.60, ("cpu", False): 0.35, ("cuda", True): 0.45, ("cuda", False): 0.35}
+# CPU, compiled: measured on 2 cores of an AMD EPYC 9004: 0.63 for a llama of 5M parameters, 0.73 for 34M
+# (docs/benchmarks.md). CPU, eager, and CUDA (published dense single-GPU runs: 0.35-0.5): estimates.
+_UTILISATION = {("cpu", True): 0.65, ("cpu", False): 0.35, ("cuda", True): 0.45, ("cuda", False): 0.35}
 _DEFAULT_UTILISATION = 0.25
 
 # Kept for the backward pass, bytes per token, layer and unit of width, for a llama block with fused attention in bf16:
 # 28 tensors of 2 bytes (measured on Llama-3.1-8B shapes; ml-engineering counts the same). fp32 doubles it.
 _ACTIVATION_BYTES = 56
 
-# Optimizer state in bytes per parameter held in fp32: AdamW two moments, Lion, SGD with momentum and Muon one;
+# Moments in bytes per parameter, in fp32: AdamW two moments, Lion, SGD with momentum and Muon one;
 # Adafactor factors its second moment to almost nothing.
 _OPTIMIZER_BYTES = {"adamw": 8.0, "lion": 4.0, "sgd": 4.0, "muon": 5.0, "adafactor": 0.1}
 
@@ -60,7 +60,8 @@ def predict_memory(
     activation_scale = 2 if precision == "fp32" else 1
     tokens = micro_rows * sequence_length
     per_token = _ACTIVATION_BYTES * model.layers * model.width * activation_scale
-    state = _OPTIMIZER_BYTES.get(optimizer, 8.0) * width / 4
+    # Moments are fp32; beside bf16 weights the optimizer also keeps an fp32 copy of them.
+    state = _OPTIMIZER_BYTES.get(optimizer, 8.0) + (4.0 if precision == "bf16_pure" else 0.0)
     # The bf16 copy of the weights that autocast makes lives as long as the forward pass.
     parameters = model.parameters * (6 if precision == "bf16" else width)
     return MemoryPrediction(
