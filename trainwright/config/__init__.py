@@ -18,7 +18,9 @@ from trainwright.config.data_section import (
 )
 from trainwright.config.dump import to_yaml
 from trainwright.config.find import builtin_recipes, find_recipe
+from trainwright.config.launch_section import CommSection, LaunchSection
 from trainwright.config.load import LoadedRecipe, load_recipe, load_recipe_text
+from trainwright.config.memory_section import MemorySection, RecomputeEvery
 from trainwright.config.model_section import (
     ModelFromConfig,
     ModelFromFolder,
@@ -27,6 +29,8 @@ from trainwright.config.model_section import (
     ModelSection,
 )
 from trainwright.config.optim_section import OptimSection, ParameterRule, ScheduleSection
+from trainwright.config.parallel_section import ParallelSection
+from trainwright.config.precision_section import PrecisionSection
 from trainwright.config.provenance import Origin
 from trainwright.config.run_section import CheckpointSection, MonitorSection, RunSection, SampleSection
 from trainwright.config.schema import Recipe, json_schema
@@ -34,8 +38,11 @@ from trainwright.config.train_section import TaskSection, TrainSection
 
 __all__ = [
     "CheckpointSection",
+    "CommSection",
     "DataSection",
+    "LaunchSection",
     "LoadedRecipe",
+    "MemorySection",
     "ModelFromConfig",
     "ModelFromFolder",
     "ModelFromHub",
@@ -44,8 +51,11 @@ __all__ = [
     "MonitorSection",
     "OptimSection",
     "Origin",
+    "ParallelSection",
     "ParameterRule",
+    "PrecisionSection",
     "Recipe",
+    "RecomputeEvery",
     "RunSection",
     "SampleSection",
     "ScheduleSection",

@@ -22,7 +22,7 @@ __all__ = ["Auto", "Fraction", "Listed", "Name", "Pattern", "Real", "Truth", "Un
 
 Auto: TypeAlias = Literal["auto"]
 
-Word = str | bool | None
+Word = str | bool | int | None
 
 
 @dataclass(frozen=True)
@@ -265,14 +265,18 @@ class Listed(Written):
 
     item: Written = Written()
     length: int | None = None
+    empty: bool = False
+    """Whether a list without values is accepted."""
 
     @property
     def what(self) -> str:
-        number = f"{self.length} values" if self.length else "at least one value"
+        number = f"{self.length} values" if self.length else "values" if self.empty else "at least one value"
         return f"a list of {number}, each {self.item.expected}"
 
     def read(self, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)) or not value or (self.length and len(value) != self.length):
+        if not isinstance(value, (list, tuple)) or (self.length and len(value) != self.length):
+            raise ValueError
+        if not value and not self.empty:
             raise ValueError
         try:
             return tuple(self.item.validate(item) for item in value)
@@ -280,5 +284,7 @@ class Listed(Written):
             raise ValueError from error
 
     def json(self) -> dict[str, Any]:
-        length = {"minItems": self.length, "maxItems": self.length} if self.length else {"minItems": 1}
+        length = (
+            {"minItems": self.length, "maxItems": self.length} if self.length else {"minItems": 0 if self.empty else 1}
+        )
         return {"type": "array", "items": self.item.__get_pydantic_json_schema__(None, None), **length}  # type: ignore[arg-type]

@@ -22,8 +22,14 @@ EXCLUSIVE: dict[Path, tuple[str, ...]] = {
 }
 """Sections with keys of which only one can be given; a later layer's replaces those of earlier ones."""
 
-SHORT_FORMS: dict[Path, str] = {("task",): "name", ("optim", "schedule"): "name"}
-"""Sections that may be written as one word, and the key that the word stands for."""
+SHORT_FORMS: dict[Path, str | None] = {
+    ("task",): "name",
+    ("optim", "schedule"): "name",
+    ("precision",): "name",
+    ("parallel",): None,
+}
+"""Sections that may be written as one word, and the key that the word stands for (None: the word is `auto`, all of it
+decided for you, as in an empty section)."""
 
 _OVERRIDE = re.compile(r"(?P<key>[^=\s]+)=(?P<value>.*)", re.DOTALL)
 
@@ -107,7 +113,8 @@ class Layers:
             return None
         inner = node.get(str(part))
         if isinstance(inner, str) and here in SHORT_FORMS:
-            inner = {SHORT_FORMS[here]: inner}
+            word = SHORT_FORMS[here]
+            inner = {word: inner} if word else {}
         elif here[-1] == "source" and isinstance(inner, (str, dict)) and isinstance(path[depth + 1], int):
             inner = [inner]
         elif inner is None or (isinstance(inner, str) and here in EXCLUSIVE):

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from trainwright.base.errors import ConfigError
 from trainwright.config.dump import to_yaml
 from trainwright.config.find import builtin_recipes, find_recipe
-from trainwright.config.layers import Layers
+from trainwright.config.layers import SHORT_FORMS, Layers
 from trainwright.config.problems import Problem, config_error, dotted, from_validation
 from trainwright.config.provenance import Origin, explain_values, leaves, written_leaves
 from trainwright.config.reference import section_of_key
@@ -58,6 +58,7 @@ class LoadedRecipe:
             ConfigError: a value that the schema refuses.
         """
         layers = Layers(self.recipe.to_dict(), {})
+        updates = {_word_key(key, value): (value, reason) for key, (value, reason) in updates.items()}
         for key, (value, reason) in updates.items():
             layers.put(_path(key), value, Origin("rule", reason=reason), exclusive=False)
         recipe = _validate(layers, self.name)
@@ -202,6 +203,12 @@ def _check_smoke(layers: Layers, name: str) -> list[Problem]:
     except _Invalid as error:
         problems += [problem for problem in error.problems if problem.where.startswith("run.smoke")]
     return problems
+
+
+def _word_key(key: str, value: Any) -> str:
+    """The key that a word for a whole section stands for, so that the section's other keys stay as they are."""
+    word = SHORT_FORMS.get(_path(key))
+    return f"{key}.{word}" if word and isinstance(value, str) else key
 
 
 def _path(key: str) -> tuple[str | int, ...]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
 from trainwright.base.units import Duration
 from trainwright.config.fields import Auto, Fraction, Listed, Pattern, Real, Truth, Whole, Words
-from trainwright.config.section import Section, variant_tag
+from trainwright.config.section import Section, by_name, variant_of
 
 __all__ = [
     "OPTIMIZERS",
@@ -143,14 +142,6 @@ SCHEDULES: dict[str, type[_Schedule]] = {
 }
 
 
-def _variant(value: Any, classes: Mapping[str, type[Section]], default: str) -> str | None:
-    """The tag for a mapping with a `name`; an unknown name goes to the default variant, which refuses it by name."""
-    if isinstance(value, Mapping):
-        name = value.get("name", default)
-        return variant_tag(name if isinstance(name, str) and name in classes else default)
-    return next((variant_tag(name) for name, cls in classes.items() if type(value) is cls), None)
-
-
 _Schedules: TypeAlias = Annotated[
     Annotated[ConstantSchedule, Tag("<constant>")]
     | Annotated[LinearSchedule, Tag("<linear>")]
@@ -161,18 +152,14 @@ _Schedules: TypeAlias = Annotated[
     | Annotated[InverseSqrtSchedule, Tag("<inverse_sqrt>")]
     | Annotated[PolynomialSchedule, Tag("<polynomial>")],
     Discriminator(
-        lambda value: _variant(value, SCHEDULES, "wsd"),
+        lambda value: variant_of(value, SCHEDULES, "wsd"),
         custom_error_type="expected",
         custom_error_message="the name of a schedule or {name: ..., warmup: ...}",
     ),
 ]
 
 
-def _by_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-ScheduleSection: TypeAlias = Annotated[_Schedules, BeforeValidator(_by_name, json_schema_input_type=str | _Schedules)]
+ScheduleSection: TypeAlias = Annotated[_Schedules, BeforeValidator(by_name, json_schema_input_type=str | _Schedules)]
 
 
 class ParameterRule(Section):
@@ -297,7 +284,7 @@ OptimSection: TypeAlias = Annotated[
     | Annotated[Lion, Tag("<lion>")]
     | Annotated[Muon, Tag("<muon>")],
     Discriminator(
-        lambda value: _variant(value, OPTIMIZERS, "adamw"),
+        lambda value: variant_of(value, OPTIMIZERS, "adamw"),
         custom_error_type="expected",
         custom_error_message="a section such as {name: adamw, lr: auto}",
     ),

@@ -117,6 +117,8 @@ SHORT = {
     "data.validation.source": "text, or a list of texts and sections",
     "task": "a name or a section",
     "optim.schedule": "a name or a section",
+    "precision": "a name or a section",
+    "parallel": "auto or a section",
     "model.overrides": "a section with any field of the family",
     "model.config": "a section with any field of the family",
     "run.smoke": "a section of dotted keys",

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
 from trainwright.config.data_section import DataSection
-from trainwright.config.fields import Words, plain
+from trainwright.config.fields import plain
+from trainwright.config.launch_section import CommSection, LaunchSection
+from trainwright.config.memory_section import MemorySection
 from trainwright.config.model_section import ModelSection
 from trainwright.config.optim_section import OPTIMIZERS, SCHEDULES, AdamW, OptimSection
+from trainwright.config.parallel_section import Parallel, ParallelSection
+from trainwright.config.precision_section import PRECISIONS, AutoPrecision, PrecisionSection
 from trainwright.config.run_section import CheckpointSection, MonitorSection, RunSection
 from trainwright.config.section import Section
 from trainwright.config.train_section import Task, TaskSection, TrainSection
 
-__all__ = ["Precision", "Recipe", "json_schema"]
-
-Precision = Literal["auto", "bf16", "bf16_pure", "fp32"]
+__all__ = ["Recipe", "json_schema"]
 
 
 class Recipe(Section):
-    """A whole run: model, data, task, training, optimizer, precision, checkpoints, monitoring."""
+    """A whole run: model, data, task, training, optimizer, precision, ranks, memory, checkpoints, monitoring."""
 
     model: ModelSection
     """What is trained: a named size, a folder, a Hugging Face name, or a configuration."""
@@ -32,8 +34,16 @@ class Recipe(Section):
     """How long, in what batches, how checked, and what happens when it goes wrong."""
     optim: OptimSection = AdamW()
     """The optimizer, its schedule, and rules for groups of parameters."""
-    precision: Annotated[Precision, Words(("auto", "bf16", "bf16_pure", "fp32"))] = "auto"
-    """bf16: fp32 weights, bf16 products; bf16_pure: bf16 weights too, an fp32 copy in the optimizer; fp32."""
+    precision: PrecisionSection = AutoPrecision()
+    """Number formats of weights and matrix products: a name, or a section with the name and its options."""
+    parallel: Parallel = ParallelSection()
+    """How the state is spread over the ranks; auto leaves all of it open."""
+    memory: MemorySection = MemorySection()
+    """What is computed again, kept elsewhere or freed early."""
+    comm: CommSection = CommSection()
+    """How ranks talk to each other."""
+    launch: LaunchSection = LaunchSection()
+    """How many processes train."""
     checkpoint: CheckpointSection = CheckpointSection()
     """Resumable state on disk."""
     monitor: MonitorSection = MonitorSection()
@@ -42,6 +52,8 @@ class Recipe(Section):
     """Name, place and small print of the run."""
 
     def problems(self) -> Any:
+        if self.memory.release_gradients and self.optim.clip_norm is not None:
+            yield "memory", "release_gradients false, or optim.clip_norm null: clipping needs all gradients at once"
         if self.data.validation == "none":
             if self.train.early_stopping is not None:
                 yield "train", "no early_stopping: data.validation is none"
@@ -57,7 +69,7 @@ class _SchemaGenerator(GenerateJsonSchema):
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors that complete and check YAML."""
     schema = Recipe.model_json_schema(schema_generator=_SchemaGenerator)
-    for variants, default in ((SCHEDULES, "wsd"), (OPTIMIZERS, "adamw")):
+    for variants, default in ((SCHEDULES, "wsd"), (OPTIMIZERS, "adamw"), (PRECISIONS, "auto")):
         for name, section in variants.items():
             # In Python every variant reads every name, to refuse a wrong one by name; JSON schema needs them apart.
             definition = schema["$defs"][section.__name__]

@@ -11,7 +11,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from trainwright.base.text import did_you_mean, nearest
 from trainwright.config.fields import plain
 
-__all__ = ["Section", "problem", "tag_of", "variant_tag"]
+__all__ = ["Section", "by_name", "problem", "tag_of", "variant_of", "variant_tag"]
 
 
 class Section(BaseModel):
@@ -138,6 +138,19 @@ def _of_a_variant(key: str, elsewhere: Mapping[str, str]) -> str:
 def variant_tag(name: str) -> str:
     """The tag of one variant of a section. Angle brackets keep it apart from keys when error locations are read."""
     return f"<{name}>"
+
+
+def variant_of(value: Any, classes: Mapping[str, type[Section]], default: str) -> str | None:
+    """The tag for a mapping with a `name`; an unknown name goes to the default variant, which refuses it by name."""
+    if isinstance(value, Mapping):
+        name = value.get("name", default)
+        return variant_tag(name if isinstance(name, str) and name in classes else default)
+    return next((variant_tag(name) for name, cls in classes.items() if type(value) is cls), None)
+
+
+def by_name(value: Any) -> Any:
+    """The short form of a section that is one word, its `name`, as a section."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 def tag_of(element: Any) -> bool:

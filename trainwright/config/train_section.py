@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 
 from trainwright.base.units import Count, Duration
 from trainwright.config.fields import Auto, Real, Truth, Unit, Whole, Words
-from trainwright.config.section import Section
+from trainwright.config.section import Section, by_name
 
 __all__ = ["BUDGETS", "EMASection", "EarlyStoppingSection", "SpikeSection", "Task", "TaskSection", "TrainSection"]
 
@@ -27,11 +27,7 @@ class TaskSection(Section):
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311, uses 1e-4)."""
 
 
-def _by_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-Task: TypeAlias = Annotated[TaskSection, BeforeValidator(_by_name, json_schema_input_type=str | TaskSection)]
+Task: TypeAlias = Annotated[TaskSection, BeforeValidator(by_name, json_schema_input_type=str | TaskSection)]
 
 
 class EarlyStoppingSection(Section):

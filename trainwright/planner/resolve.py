@@ -29,7 +29,7 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
     """
     ledger = _Ledger()
     train = recipe.train
-    precision = ledger.settle("precision", recipe.precision, lambda: rules.choose_precision(machine))
+    precision = ledger.settle("precision", recipe.precision.name, lambda: rules.choose_precision(machine))
     dtype = "fp32" if precision == "fp32" else "bf16"
     ledger.settle("train.threads", train.threads, lambda: (machine.cores, "all usable cores"))
     ledger.settle("train.deterministic", train.deterministic, lambda: rules.choose_deterministic(machine))

@@ -39,7 +39,7 @@ def build(
     recipe, plan = settled.loaded.recipe, settled.plan
     assert settled.dataset is not None, "a dry run is not built"
     _set_determinism(recipe, settled.device)
-    policy = precision(recipe.precision)
+    policy = precision(recipe.precision.name)
     model = _build_model(settled, policy)
     if recipe.train.compile:
         compile_blocks(model)

@@ -65,7 +65,7 @@ def begin_session(run: Run, entered: Entered, settled: Settled) -> None:
         parameters=run.plan.parameters,
         resumed=run.state.step > 0,
         compiled=bool(run.recipe.train.compile),
-        precision=run.recipe.precision,
+        precision=run.recipe.precision.name,
     )
 
 
