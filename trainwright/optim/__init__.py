@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainwright.optim.build import build_optimizer
-from trainwright.optim.clip import clip_factor, clip_gradients, gradient_norm
+from trainwright.optim.clip import clip_factor, clip_gradients, gradient_norm, norm_from, squared_norms
 from trainwright.optim.ema import EMA
 from trainwright.optim.groups import GroupSummary, describe_groups
 from trainwright.optim.optimizer import GroupedOptimizer
@@ -26,4 +26,6 @@ __all__ = [
     "clip_gradients",
     "describe_groups",
     "gradient_norm",
+    "norm_from",
+    "squared_norms",
 ]

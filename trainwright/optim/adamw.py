@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from trainwright.optim.optimizer import Algorithm, ParameterState
+from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
 
 __all__ = ["ADAMW"]
 
@@ -16,11 +14,11 @@ __all__ = ["ADAMW"]
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 
-def uses_fused(group: dict[str, Any], device: torch.device) -> bool:
+def uses_fused(group: Group, device: torch.device) -> bool:
     return bool(group["fused"]) and device.type in FUSED_DEVICES
 
 
-def _init(parameter: Tensor, group: dict[str, Any]) -> ParameterState:
+def _init(parameter: Tensor, group: Group) -> ParameterState:
     # The fused kernel reads the step on the parameter's device, so that nothing waits for a transfer.
     step_device = parameter.device if uses_fused(group, parameter.device) else torch.device("cpu")
     return {
@@ -30,22 +28,16 @@ def _init(parameter: Tensor, group: dict[str, Any]) -> ParameterState:
     }
 
 
-def _update(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[ParameterState],
-    gradient_factor: Tensor | None,
-) -> None:
-    fused = uses_fused(group, params[0].device)
+def _update(group: Group, items: list[Item], gradient_factor: Tensor | None) -> None:
+    fused = uses_fused(group, items[0].weights.device)
     beta1, beta2 = group["betas"]
     adamw(
-        params,
-        grads,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        [item.weights for item in items],
+        [item.grad for item in items],
+        [item.state["exp_avg"] for item in items],
+        [item.state["exp_avg_sq"] for item in items],
         [],
-        [state["step"] for state in states],
+        [item.state["step"] for item in items],
         fused=fused,
         foreach=not fused,
         # The kernel divides by `grad_scale` (it was made for loss scaling).

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from trainwright.optim.adafactor import ADAFACTOR
 from trainwright.optim.adamw import ADAMW
+from trainwright.optim.algorithm import Algorithm
 from trainwright.optim.groups import make_groups
 from trainwright.optim.lion import LION
 from trainwright.optim.muon import MUON
-from trainwright.optim.optimizer import Algorithm, GroupedOptimizer
+from trainwright.optim.optimizer import GroupedOptimizer
 from trainwright.optim.options import OptimizerOptions
 from trainwright.optim.sgd import SGD
 

@@ -3,29 +3,65 @@
 The engine's gradients are sums over tokens, so every step scales them by 1 / tokens anyway: that factor and clipping's
 are one number, applied once. `clip_factor` gives the number to `optimizer.step(gradient_factor=...)`, which saves the
 pass altogether where the kernel folds it in.
+
+Gradients of sharded parameters are there in part: their squared norms add up over the ranks, those of replicated
+parameters are the same on each rank and count once. `squared_norms` keeps the two apart, so that a caller can send its
+part together with other numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["clip_factor", "clip_gradients", "gradient_norm"]
+from trainwright.optim.shard import Shard, local_part, shard_of
+
+__all__ = ["clip_factor", "clip_gradients", "gradient_norm", "norm_from", "squared_norms"]
 
 ROUNDING_GUARD = 1e-6
 """torch.nn.utils.clip_grad_norm_ adds this to the norm; the same here, so that results compare."""
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm over all gradients together, an fp32 scalar on the first gradient's device; one pass, no sync.
+def squared_norms(parameters: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums of squares of this rank's gradients, of sharded and of replicated parameters: scalars on their device.
 
-    Parameters without a gradient are left out; without any the norm is 0. NaN and infinity pass through.
+    The norm of each gradient is fp32, their squares add up in fp64; one pass, no communication, no waiting. Parameters
+    without a gradient are left out. NaN and infinity pass through.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return _norm(grads)
+    known = list(parameters)
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}
+    for p in known:
+        if p.grad is not None:
+            parts[shard_of(p) is not None].append(local_part(p.grad))
+    device = local_part(known[0]).device if known else torch.device("cpu")
+    return _sum_of_squares(parts[True], device), _sum_of_squares(parts[False], device)
+
+
+def norm_from(sharded: Tensor, replicated: Tensor) -> Tensor:
+    """The Euclidean norm (an fp32 scalar) from `squared_norms`, its first part summed over the ranks that share it."""
+    return (sharded + replicated).sqrt().float()
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor], reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Euclidean norm over all gradients together, an fp32 scalar on the first parameter's device; one pass.
+
+    Without any gradient it is 0.
+
+    Args:
+        reduce: sums this rank's share (a scalar) over the ranks that share the sharded parameters; None does it by an
+            all-reduce over their mesh, so then every rank of it must make this call. Not called for plain parameters.
+    """
+    known = list(parameters)
+    sharded, replicated = squared_norms(known)
+    shard = next((found for p in known if (found := shard_of(p)) is not None), None)
+    if shard is not None:
+        sharded = _reduced(sharded, shard) if reduce is None else reduce(sharded)
+    return norm_from(sharded, replicated)
 
 
 def clip_factor(norm: Tensor, max_norm: float | None, *, scale: float | Tensor = 1.0) -> Tensor:
@@ -47,30 +83,35 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None, *, scal
     Returns: the total norm after scaling and before clipping. Where it is not finite the gradients hold NaN afterwards:
         the caller must look at the norm and leave the step out.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = _norm(grads)
-    if not grads:
-        return norm
+    known = list(parameters)
+    norm = gradient_norm(known)
+    grads = [part for p in known if p.grad is not None and (part := local_part(p.grad)).numel()]
     factor = clip_factor(norm, max_norm, scale=scale)
     # Reading a CPU scalar costs nothing; on a GPU it would wait for the whole backward pass.
-    if factor.device.type != "cpu" or factor.item() != 1.0:
-        for device_grads, device_factor in _by_device(grads, factor):
-            torch._foreach_mul_(device_grads, device_factor)
+    if grads and (factor.device.type != "cpu" or factor.item() != 1.0):
+        for same in _alike(grads):
+            torch._foreach_mul_(same, factor.to(same[0].device))
     return norm * scale
 
 
-def _norm(grads: list[Tensor]) -> Tensor:
-    if not grads:
-        return torch.zeros(())
-    norms: list[Tensor] = []
-    for device_grads, _ in _by_device(grads, None):
-        norms += torch._foreach_norm(device_grads, 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+def _reduced(squares: Tensor, shard: Shard) -> Tensor:
+    squares = squares.clone()
+    dist.all_reduce(squares, group=shard.group)
+    return squares
 
 
-def _by_device(grads: list[Tensor], factor: Tensor | None) -> list[tuple[list[Tensor], Tensor]]:
+def _sum_of_squares(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros((), dtype=wide, device=device)
+    for same in _alike([grad for grad in grads if grad.numel()]):
+        norms = torch.stack(torch._foreach_norm(same, 2, dtype=torch.float32)).to(device, wide)
+        total += norms.square().sum()
+    return total
+
+
+def _alike(grads: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The same tensors, those of one device and type together."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
         kinds.setdefault((grad.device, grad.dtype), []).append(grad)
-    none = torch.empty(0)
-    return [(found, none if factor is None else factor.to(device)) for (device, _), found in kinds.items()]
+    return list(kinds.values())

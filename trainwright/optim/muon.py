@@ -3,6 +3,7 @@
 Method: Keller Jordan, https://kellerjordan.github.io/posts/muon/ ; learning-rate matching: Moonlight, 2502.16982.
 Not built on torch.optim.Muon (2.13 has it, and tests compare to it): that one computes in bf16 only, which is slow or
 coarse on machines without bf16 units, and one matrix at a time; here equal shapes run as one batched product on GPUs.
+Sharded matrices are orthogonalised once, not on every rank: two all-to-alls bring each to one rank and its rows back.
 
 Shape suffixes: B matrices of one shape, M rows, N columns.
 """
@@ -10,13 +11,13 @@ Shape suffixes: B matrices of one shape, M rows, N columns.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainwright.base.device import device_facts
-from trainwright.optim.optimizer import Algorithm, ParameterState
+from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
+from trainwright.optim.exchange import assign_owners, rows_from_owners, rows_to_owners
 
 __all__ = ["MUON", "newton_schulz", "update_scale"]
 
@@ -53,41 +54,78 @@ def update_scale(rows: int, columns: int, adjust: str) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-def _init(parameter: Tensor, group: dict[str, Any]) -> ParameterState:
+def _init(parameter: Tensor, group: Group) -> ParameterState:
     return {"momentum_buffer": torch.zeros_like(parameter)}
 
 
-def _update(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[ParameterState],
-    gradient_factor: Tensor | None,
-) -> None:
-    momentum = group["momentum"]
-    buffers = [state["momentum_buffer"] for state in states]
-    torch._foreach_lerp_(buffers, grads, 1 - momentum)
-    directions = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
-    if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-    dtype = _iteration_dtype(group["newton_schulz_dtype"], params[0].device)
-    for indices in _batches(params):
-        rows, columns = params[indices[0]].shape[-2:]
-        size = -group["lr"] * update_scale(rows, columns, group["lr_adjust"])
+def _update(group: Group, items: list[Item], gradient_factor: Tensor | None) -> None:
+    moving = [item for item in items if item.gradient is not None]
+    directions = dict(zip(map(id, moving), _directions(group, moving), strict=True))
+    if group["weight_decay"] and moving:
+        torch._foreach_mul_([item.weights for item in moving], 1 - group["lr"] * group["weight_decay"])
+    dtype = _iteration_dtype(group["newton_schulz_dtype"], items[0].weights.device)
+    # A stack of matrices (experts) that is sharded by rows is sharded by matrices: each rank has its own ones whole.
+    apart = [item for item in items if item.shard is not None and len(item.shape) == 2]
+    here = [item for item in moving if item.shard is None or len(item.shape) != 2]
+    found = _orthogonal(group, [directions[id(item)] for item in here], dtype)
+    for item, update in zip(here, found, strict=True):
+        _apply(group, item, update)
+    for mesh in {item.shard.mesh: None for item in apart if item.shard is not None}:
+        members = [item for item in apart if item.shard is not None and item.shard.mesh == mesh]
+        for item, update in zip(members, _orthogonal_apart(group, members, directions, dtype), strict=True):
+            if item.gradient is not None:
+                _apply(group, item, update)
+
+
+def _directions(group: Group, items: list[Item]) -> list[Tensor]:
+    if not items:
+        return []
+    grads = [item.grad for item in items]
+    buffers = [item.state["momentum_buffer"] for item in items]
+    torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+    return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
+
+
+def _apply(group: Group, item: Item, orthogonal: Tensor) -> None:
+    rows, columns = item.shape[-2:]
+    size = -group["lr"] * update_scale(rows, columns, group["lr_adjust"])
+    item.weights.add_(orthogonal.to(item.weights.dtype), alpha=size)
+
+
+def _orthogonal(group: Group, directions: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    result = list(directions)
+    for indices in _batches(directions):
         stacked = torch.stack([directions[i] for i in indices]) if len(indices) > 1 else directions[indices[0]][None]
-        orthogonal = newton_schulz(stacked, steps=group["newton_schulz_steps"], dtype=dtype)
-        for i, update in zip(indices, orthogonal, strict=True):
-            params[i].add_(update.to(params[i].dtype), alpha=size)
+        for i, found in zip(
+            indices, newton_schulz(stacked, steps=group["newton_schulz_steps"], dtype=dtype), strict=True
+        ):
+            result[i] = found
+    return result
 
 
-def _batches(params: list[Tensor]) -> list[list[int]]:
-    """Indices of parameters that are orthogonalised together: equal shapes on GPUs, where small products do not fill
+def _orthogonal_apart(
+    group: Group, items: list[Item], directions: dict[int, Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """This rank's rows of the orthogonalised matrices of one mesh: each is worked on by one rank, and by no other."""
+    shards = [item.shard for item in items if item.shard is not None]
+    costs = [item.shape.numel() * min(item.shape) for item in items]
+    owners = assign_owners(costs, shards[0].ranks)
+    # A parameter without a gradient travels too, as zeros: the calls may not depend on what has a gradient.
+    parts = [directions[id(item)] if id(item) in directions else torch.zeros_like(item.weights) for item in items]
+    # Sent in the type of the iteration: it would be the first thing to happen to them anyway.
+    wholes = rows_to_owners([part.to(dtype) for part in parts], shards, owners)
+    found = _orthogonal(group, list(wholes.values()), dtype)
+    return rows_from_owners(dict(zip(wholes, found, strict=True)), shards, owners, dtype, parts[0].device)
+
+
+def _batches(matrices: list[Tensor]) -> list[list[int]]:
+    """Indices of matrices that are orthogonalised together: equal shapes on GPUs, where small products do not fill
     the device; one at a time on CPUs, where they do and a batch would only fall out of the cache."""
-    if params[0].device.type == "cpu":
-        return [[i] for i in range(len(params))]
+    if not matrices or matrices[0].device.type == "cpu":
+        return [[i] for i in range(len(matrices))]
     by_shape: dict[torch.Size, list[int]] = {}
-    for i, param in enumerate(params):
-        by_shape.setdefault(param.shape, []).append(i)
+    for i, matrix in enumerate(matrices):
+        by_shape.setdefault(matrix.shape, []).append(i)
     return list(by_shape.values())
 
 
@@ -99,4 +137,4 @@ def _iteration_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-MUON = Algorithm(init=_init, update=_update)
+MUON = Algorithm(init=_init, update=_update, whole=True)

@@ -1,71 +1,54 @@
 """One optimizer object for any mix of algorithms, with state that is named, exact and free of pickle.
 
-An algorithm is two pure functions (make the state of one parameter; update a list of parameters); the class below does
-what all share: groups, fp32 master copies of half-precision parameters, the gradient factor, and the state dict.
+An algorithm is two functions (make the state of one parameter; update a list of parameters); the class below does what
+all share: groups, this rank's part of sharded parameters, fp32 copies of half-precision ones, the gradient factor, and
+the state dict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainwright.base.errors import CheckpointError
 from trainwright.base.protocols import StateDict
+from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
+from trainwright.optim.shard import local_part, shard_of
+from trainwright.optim.state import loadable, present, refuse_other_names
 
-__all__ = ["Algorithm", "GroupedOptimizer"]
-
-Group = dict[str, Any]
-ParameterState = dict[str, Tensor]
+__all__ = ["GroupedOptimizer"]
 
 MASTER = "master"
 """State key of the fp32 copy of a half-precision parameter: updates below bf16's spacing (1/256) add up there."""
 
+HALVES = (torch.bfloat16, torch.float16)
 
-class Update(Protocol):
-    """Updates `params` in place from `grads` and `states`, all fp32 or wider (or as the user made them)."""
-
-    def __call__(
-        self,
-        group: Group,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[ParameterState],
-        gradient_factor: Tensor | None,
-    ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """How one kind of optimizer makes and uses the state of a parameter.
-
-    Args:
-        init: (parameter, group) -> state tensors, zero at the start.
-        update: see `Update`.
-        folds_factor: (group, device) -> whether `update` itself multiplies gradients by `gradient_factor`
-            (saving a pass over memory); otherwise it always gets None.
-    """
-
-    init: Callable[[Tensor, Group], ParameterState]
-    update: Update
-    folds_factor: Callable[[Group, torch.device], bool] = lambda group, device: False
+BATCH_ELEMENTS = 1 << 26
+"""Numbers of this rank that are updated together where an update needs temporary copies (gradients as fp32)."""
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
     """Runs each parameter group with the algorithm its `algorithm` key names.
 
-    State is keyed by parameter name, so it loads whatever the order of parameters or groups.
+    Parameters are plain tensors or DTensors sharded by rows (`shard.Shard`); updates run on this rank's part. State is
+    keyed by parameter name, so it loads whatever the order of parameters or groups.
     Made by `build_optimizer`; each group's `params` must be (name, tensor) pairs.
+
+    Attributes:
+        steps: how many steps were taken, over the whole life of the state.
     """
 
     def __init__(self, groups: list[Group], algorithms: dict[str, Algorithm], defaults: dict[str, Any]) -> None:
         self.algorithms = algorithms
+        self.steps = 0
         super().__init__(groups, defaults)
         for group in self.param_groups:
             group.setdefault("initial_lr", group["lr"])
+            for parameter in group["params"]:
+                shard_of(parameter)  # refuses placements that no algorithm here knows
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, gradient_factor: float | Tensor | None = None) -> Any:
@@ -79,124 +62,165 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.begin_step()
         for group in self.param_groups:
-            self._step_group(group, gradient_factor)
+            self._step_group(group, group["params"], gradient_factor)
         return loss
+
+    def begin_step(self) -> None:
+        """Count a step whose parameters will be updated piece by piece, by `step_part`."""
+        self.steps += 1
+
+    @torch.no_grad()
+    def step_part(self, parameters: Collection[Tensor], gradient_factor: float | Tensor | None = None) -> None:
+        """Update some of the parameters, bitwise as `step` would, which is all of them at once.
+
+        For updates during the backward pass, or with state that is in memory only for a while. `begin_step` goes first,
+        once for all parts. All ranks must give the same parts in the same order where an algorithm looks at whole
+        matrices (muon, adafactor) of sharded parameters.
+        """
+        wanted = {id(parameter) for parameter in parameters}
+        for group in self.param_groups:
+            self._step_group(group, [p for p in group["params"] if id(p) in wanted], gradient_factor)
 
     def set_lr(self, multiplier: float) -> None:
         """Set every group's learning rate to its own peak times `multiplier` (a schedule's value)."""
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
 
-    def _step_group(self, group: Group, gradient_factor: float | Tensor | None) -> None:
+    def _step_group(self, group: Group, parameters: list[Tensor], gradient_factor: float | Tensor | None) -> None:
         algorithm = self.algorithms[group["algorithm"]]
-        trained = [p for p in group["params"] if p.grad is not None]
+        trained = [p for p in parameters if p.grad is not None or (algorithm.whole and shard_of(p) is not None)]
         if not trained:
             return
-        device = trained[0].device
+        grads = [None if p.grad is None else local_part(p.grad) for p in trained]
         factor = None
         if gradient_factor is not None:
+            device = local_part(trained[0]).device
             factor = torch.as_tensor(gradient_factor, dtype=torch.float32, device=device)
             if not algorithm.folds_factor(group, device):
-                torch._foreach_mul_([p.grad for p in trained], factor)
+                if present_grads := [grad for grad in grads if grad is not None]:
+                    torch._foreach_mul_(present_grads, factor)
                 factor = None
-        states = [self._state_of(p, group, algorithm) for p in trained]
-        targets = [state.get(MASTER, p) for p, state in zip(trained, states, strict=True)]
-        grads = [p.grad.to(target.dtype) for p, target in zip(trained, targets, strict=True)]
-        algorithm.update(group, targets, grads, states, factor)
-        halves = [(p, target) for p, target in zip(trained, targets, strict=True) if target is not p]
-        if halves:
-            torch._foreach_copy_([p for p, _ in halves], [target for _, target in halves])
+        for start, stop in _batches(trained, algorithm):
+            self._step_batch(group, trained[start:stop], grads[start:stop], factor)
 
-    def _state_of(self, parameter: Tensor, group: Group, algorithm: Algorithm) -> ParameterState:
-        state: ParameterState = self.state[parameter]
-        if not state:
-            target = parameter.detach()
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                target = target.float()
-                state[MASTER] = target
-            state.update(algorithm.init(target, group))
-        return state
+    def _step_batch(
+        self, group: Group, parameters: list[Tensor], grads: list[Tensor | None], factor: Tensor | None
+    ) -> None:
+        algorithm = self.algorithms[group["algorithm"]]
+        items, halves = [], []
+        for parameter, grad in zip(parameters, grads, strict=True):
+            local = local_part(parameter)
+            state = self._state_of(parameter, local, group, algorithm) if grad is not None else self.state[parameter]
+            weights = state.get(MASTER, local)
+            if weights is not local:
+                halves.append((local, weights))
+            items.append(Item(weights, None if grad is None else grad.to(weights.dtype), state, shard_of(parameter)))
+        algorithm.update(group, items, factor)
+        if halves:
+            torch._foreach_copy_([local for local, _ in halves], [weights for _, weights in halves])
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
+    def _state_of(self, parameter: Tensor, local: Tensor, group: Group, algorithm: Algorithm) -> ParameterState:
+        state: ParameterState = self.state[parameter]
+        if not state:
+            state.update(_initial_state(local, group, algorithm))
+        return state
+
+    @torch.no_grad()
+    def materialise_state(self) -> None:
+        """Make the state of every parameter now, as the first update would.
+
+        Half-precision parameters get their fp32 copy from the values that they have now: load weights before.
+        """
+        for group, _, parameter in self._named():
+            self._state_of(parameter, local_part(parameter), group, self.algorithms[group["algorithm"]])
+
     def state_dict(self) -> StateDict:
-        """`{"parameters": {name: {key: tensor}}, "groups": [{"algorithm", "lr", "names"}]}`; tensors are not copied."""
+        """`{"parameters": {name: {key: tensor}}, "groups": [{"algorithm", "lr", "names"}], "steps"}`.
+
+        Nothing is copied. State of sharded parameters is a DTensor of the same placement (no communication), all other
+        is plain and equal on all ranks. Every trained parameter has its state there, made now where it never had a
+        gradient: the form of the dict depends on the model and the options only.
+        """
+        self.materialise_state()
         parameters: StateDict = {}
-        groups = []
-        for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                parameters[name] = dict(self.state[parameter]) if parameter in self.state else {}
-            groups.append(
-                {"algorithm": group["algorithm"], "lr": float(group["lr"]), "names": list(group["param_names"])}
-            )
-        return {"parameters": parameters, "groups": groups}
+        for group, name, parameter in self._named():
+            algorithm = self.algorithms[group["algorithm"]]
+            parameters[name] = present(self.state[parameter], shard_of(parameter), parameter.ndim, algorithm)
+        groups = [
+            {"algorithm": group["algorithm"], "lr": float(group["lr"]), "names": list(group["param_names"])}
+            for group in self.param_groups
+        ]
+        return {"parameters": parameters, "groups": groups, "steps": self.steps}
 
     @torch.no_grad()
     def load_state_dict(self, state: StateDict) -> None:
         """Continue from a `state_dict`: tensors are copied, and learning rates taken over until the next `set_lr`.
 
-        All other options (decay, betas) stay as this optimizer was built with. Raises CheckpointError, before anything
-        is changed, when the parameters, their shapes or their algorithms differ.
+        Tensors are DTensors of this optimizer's placements, or plain and whole. All other options (decay, betas) stay
+        as this optimizer was built with. Raises CheckpointError, before anything is changed, when the parameters,
+        their shapes, types or algorithms differ.
         """
-        mine = {name: (p, group) for group in self.param_groups for name, p in _named(group)}
         algorithm_of = {name: group["algorithm"] for group in state["groups"] for name in group["names"]}
-        _refuse_other_names(set(algorithm_of), set(mine))
-        fresh: dict[str, ParameterState] = {}
-        for name, saved in state["parameters"].items():
-            parameter, group = mine[name]
+        refuse_other_names(set(algorithm_of), {name for _, name, _ in self._named()})
+        loaded: dict[str, ParameterState] = {}
+        for group, name, parameter in self._named():
             if algorithm_of[name] != group["algorithm"]:
                 raise CheckpointError(
                     f"optimizer state of {name} was made by {algorithm_of[name]}, this run uses {group['algorithm']}",
                     hint="keep optim.name of the saved run, or start from its weights only",
                 )
+            saved = state["parameters"].get(name)
             if saved:
-                fresh[name] = self._restored(name, parameter, group, saved)
-        for name, (parameter, _) in mine.items():
-            self.state.pop(parameter, None)
-            if name in fresh:
-                self.state[parameter] = fresh[name]
+                # On the meta device: what is expected, without the memory.
+                expected = _initial_state(
+                    torch.empty_like(local_part(parameter), device="meta"), group, self.algorithms[group["algorithm"]]
+                )
+                algorithm = self.algorithms[group["algorithm"]]
+                loaded[name] = loadable(name, saved, expected, shard_of(parameter), parameter.ndim, algorithm)
+        for group, name, parameter in self._named():
+            if name not in loaded:  # never updated, by a version that then saved nothing
+                self.state.pop(parameter, None)
+                continue
+            mine = self._state_of(parameter, local_part(parameter), group, self.algorithms[group["algorithm"]])
+            for key, tensor in loaded[name].items():
+                mine[key].copy_(tensor)
         lr_of = {name: group["lr"] for group in state["groups"] for name in group["names"]}
         for group in self.param_groups:
             group["lr"] = lr_of[group["param_names"][0]]
+        self.steps = int(state.get("steps", 0))
 
-    def _restored(self, name: str, parameter: Tensor, group: Group, saved: StateDict) -> ParameterState:
-        algorithm = self.algorithms[group["algorithm"]]
-        target = parameter.detach()
-        state: ParameterState = {}
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            target = target.float()
-            state[MASTER] = target
-        state.update(algorithm.init(target, group))
-        if set(state) != set(saved):
-            raise CheckpointError(
-                f"optimizer state of {name} holds {sorted(saved)}, expected {sorted(state)}",
-                hint="resume with the precision and optimizer options that the checkpoint was made with",
-            )
-        for key, tensor in state.items():
-            if tensor.shape != saved[key].shape:
-                found = list(saved[key].shape)
-                raise CheckpointError(
-                    f"optimizer state {key} of {name} has shape {found}, expected {list(tensor.shape)}",
-                    hint="the checkpoint belongs to a model of another size",
-                )
-            tensor.copy_(saved[key])
-        return state
+    def _named(self) -> Iterator[tuple[Group, str, Tensor]]:
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                yield group, name, parameter
 
 
-def _named(group: Group) -> list[tuple[str, Tensor]]:
-    return list(zip(group["param_names"], group["params"], strict=True))
+def _initial_state(local: Tensor, group: Group, algorithm: Algorithm) -> ParameterState:
+    local = local.detach()
+    if local.dtype not in HALVES:
+        return algorithm.init(local, group)
+    master = local.float()
+    return {MASTER: master} | algorithm.init(master, group)
 
 
-def _refuse_other_names(saved: set[str], mine: set[str]) -> None:
-    if saved == mine:
+def _batches(parameters: list[Tensor], algorithm: Algorithm) -> Iterator[tuple[int, int]]:
+    """Ranges of parameters to update together: all, unless that would make large temporary copies.
+
+    Sizes of whole parameters decide, so that all ranks cut at the same places.
+    """
+    if not algorithm.whole and all(p.dtype not in HALVES for p in parameters):
+        yield 0, len(parameters)
         return
-    parts = []
-    for what, names in (("missing from the checkpoint", mine - saved), ("not trained by this run", saved - mine)):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            parts.append(f"{len(names)} {what} ({shown})")
-    raise CheckpointError(
-        f"optimizer state does not fit the model: parameters {'; '.join(parts)}",
-        hint="resume with the model and freeze rules of the saved run, or start from its weights only",
-    )
+    start = elements = 0
+    for i, parameter in enumerate(parameters):
+        shard = shard_of(parameter)
+        size = parameter.numel() // (1 if shard is None else shard.ranks)
+        if i > start and elements + size > BATCH_ELEMENTS:
+            yield start, i
+            start, elements = i, 0
+        elements += size
+    yield start, len(parameters)

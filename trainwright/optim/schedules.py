@@ -4,6 +4,7 @@ Step s (0, 1, ...) is the update about to be made; a run makes updates 0 .. tota
 final value. Every schedule opens with the same linear warm-up over `warmup_steps` updates: from `warmup_start` to 1.
 By default `warmup_start` is 1 / (warmup_steps + 1): no update is wasted at a learning rate of 0; `warmup_start=0.0` is
 what transformers does. With it, values equal those of transformers and torch.optim.lr_scheduler (tests compare them).
+`warmup_decay`, `one_cycle_decay` and `lr_range_test` are DeepSpeed's schedules, update by update.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ __all__ = [
     "cyclical",
     "inverse_sqrt",
     "linear",
+    "lr_range_test",
     "one_cycle",
+    "one_cycle_decay",
     "polynomial",
+    "warmup_decay",
     "warmup_multiplier",
     "wsd",
 ]
@@ -193,6 +197,96 @@ def polynomial(
     return min_ratio + (1.0 - min_ratio) * (1.0 - _progress(step, warmup_steps, total_steps)) ** power
 
 
+def warmup_decay(
+    step: int,
+    total_steps: int,
+    *,
+    warmup_steps: int = 0,
+    warmup_start: float = 0.0,
+    warmup_shape: str = "log",
+    decay: str = "none",
+    min_ratio: float = 0.0,
+) -> float:
+    """A warm-up that is steep at first, then a constant, a line or half a cosine down to `min_ratio`.
+
+    These are DeepSpeed's WarmupLR, WarmupDecayLR and WarmupCosineLR with its timing: its scheduler moves after an
+    update, and its first move leads to the start again. So update s stands at iteration s - 1, and updates 0 and 1 are
+    made at `warmup_start` (with cosine, update 0 at zero). At least two warm-up steps, as there.
+
+    Args:
+        warmup_shape: `log` for log(1 + i) / log(warmup_steps) at iteration i, or `linear` for i / warmup_steps.
+        decay: `none`, `linear` or `cosine`.
+    """
+    iteration, warmup = step - 1, max(2, warmup_steps)
+    if iteration < 0:
+        return 0.0 if decay == "cosine" else warmup_start
+    if iteration < warmup:
+        risen = math.log(iteration + 1) / math.log(warmup) if warmup_shape == "log" else iteration / warmup
+        return warmup_start + (1.0 - warmup_start) * risen
+    left = max(1, total_steps - warmup)
+    if decay == "linear":
+        return min_ratio + (1.0 - min_ratio) * max(0.0, (total_steps - iteration) / left)
+    if decay == "cosine":
+        progress = min(1.0, (iteration - warmup + 1) / left)
+        return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def one_cycle_decay(
+    step: int,
+    total_steps: int,
+    *,
+    warmup_steps: int = 0,
+    fall_steps: int | None = None,
+    start: float = 0.0,
+    rise_stairs: int = 0,
+    fall_stairs: int = 0,
+    decay_steps: int | None = None,
+    decay_rate: float = 0.0,
+) -> float:
+    """Up from `start` to 1 and down again, then start / (1 + decay_rate * steps / decay_steps): DeepSpeed's OneCycle.
+
+    The 1cycle policy of 1803.09820; the rise is the warm-up.
+
+    Args:
+        fall_steps: updates of the way down; None is as many as of the rise.
+        rise_stairs, fall_stairs: that many steps of equal width in place of a line; 0 is a line.
+        decay_steps: updates behind the cycle after which the decay has grown by `decay_rate`; None does not decay.
+    """
+    rise = max(1, warmup_steps)
+    fall = rise if fall_steps is None else fall_steps
+    if step < rise + fall:
+        height, stairs = (step / rise, rise_stairs) if step <= rise else ((rise + fall - step) / fall, fall_stairs)
+        if stairs:
+            # From whole numbers: a rounded height just below a stair would fall off it.
+            done, of = (step, rise) if step <= rise else (rise + fall - step, fall)
+            height = (done * stairs // of) / stairs
+        return start + (1.0 - start) * height
+    intervals = (step - rise - fall) / decay_steps if decay_steps else 0.0
+    return start / (1.0 + decay_rate * intervals)
+
+
+def lr_range_test(
+    step: int,
+    total_steps: int,
+    *,
+    warmup_steps: int = 0,
+    warmup_start: float | None = None,
+    step_size: int = 2000,
+    step_rate: float = 1.0,
+    staircase: bool = False,
+) -> float:
+    """1 + step_rate * steps / step_size without end: raise the rate until the loss says stop (1803.09820).
+
+    Args:
+        staircase: rise once every `step_size` updates, not a little at each.
+    """
+    if step < warmup_steps:
+        return warmup_multiplier(step, warmup_steps, warmup_start)
+    position = step - warmup_steps
+    return 1.0 + step_rate * (position // step_size if staircase else position / step_size)
+
+
 SCHEDULES: dict[str, Callable[..., float]] = {
     "constant": constant,
     "linear": linear,
@@ -202,11 +296,22 @@ SCHEDULES: dict[str, Callable[..., float]] = {
     "cyclical": cyclical,
     "inverse_sqrt": inverse_sqrt,
     "polynomial": polynomial,
+    "warmup_decay": warmup_decay,
+    "one_cycle_decay": one_cycle_decay,
+    "lr_range_test": lr_range_test,
 }
 
-SHAPES = {"wsd": ("linear", "sqrt", "cosine"), "one_cycle": ("cosine", "linear")}
-MODES = ("triangular", "triangular2", "exp_range")
+WORDS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("wsd", "shape"): ("linear", "sqrt", "cosine"),
+    ("one_cycle", "shape"): ("cosine", "linear"),
+    ("cyclical", "mode"): ("triangular", "triangular2", "exp_range"),
+    ("warmup_decay", "warmup_shape"): ("log", "linear"),
+    ("warmup_decay", "decay"): ("none", "linear", "cosine"),
+}
+"""(schedule, option) -> the words it takes."""
 SHARES = ("min_ratio", "start", "warmup_start", "decay", "rise_share")
+POSITIVE = ("cycle_steps", "timescale", "step_size")
+NOT_NEGATIVE = ("restarts", "fall_steps", "rise_stairs", "fall_stairs", "decay_rate")
 
 
 def build_schedule(name: str, total_steps: int, warmup_steps: int = 0, **options: Any) -> Callable[[int], float]:
@@ -239,21 +344,25 @@ def _check(name: str, total_steps: int, warmup_steps: int, options: dict[str, An
             hint="make optim.schedule.warmup shorter or the run longer",
         )
     decay_steps = options.get("decay_steps")
-    if decay_steps is not None and not 0 <= decay_steps <= total_steps - warmup_steps:
-        raise ConfigError(
-            f"schedule {name}: {warmup_steps} warm-up and {decay_steps} decay steps do not fit in {total_steps} steps"
-        )
-    for key in SHARES:
-        if options.get(key) is not None and not 0 <= options[key] <= 1:
-            raise ConfigError(f"schedule {name}: {key} is {options[key]}, expected 0 to 1")
-    for key in ("cycle_steps", "timescale"):
-        if options.get(key) is not None and options[key] < 1:
-            raise ConfigError(f"schedule {name}: {key} is {options[key]}, expected at least 1")
-    if options.get("restarts", 0) < 0:
-        raise ConfigError(f"schedule {name}: restarts is {options['restarts']}, expected at least 0")
-    for key, choices in (("shape", SHAPES.get(name, ())), ("mode", MODES)):
-        if key in options and options[key] not in choices:
-            raise ConfigError(f"schedule {name}: {key} is {options[key]!r}", hint=f"choose one of {', '.join(choices)}")
+    if decay_steps is not None:
+        if name == "wsd" and not 0 <= decay_steps <= total_steps - warmup_steps:
+            raise ConfigError(
+                f"schedule {name}: {warmup_steps} warm-up and {decay_steps} decay steps do not fit in"
+                f" {total_steps} steps"
+            )
+        if decay_steps < 0:
+            raise ConfigError(f"schedule {name}: decay_steps is {decay_steps}, expected at least 0")
+    for key, value in options.items():
+        if (name, key) in WORDS:
+            if value not in WORDS[name, key]:
+                choices = ", ".join(WORDS[name, key])
+                raise ConfigError(f"schedule {name}: {key} is {value!r}", hint=f"choose one of {choices}")
+        elif key in SHARES and value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"schedule {name}: {key} is {value}, expected 0 to 1")
+        elif key in POSITIVE and value is not None and value < 1:
+            raise ConfigError(f"schedule {name}: {key} is {value}, expected at least 1")
+        elif key in NOT_NEGATIVE and value is not None and value < 0:
+            raise ConfigError(f"schedule {name}: {key} is {value}, expected at least 0")
 
 
 def _progress(step: int, start: int, end: int) -> float:

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from trainwright.optim.optimizer import Algorithm, ParameterState
+from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
 
 __all__ = ["SGD"]
 
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps"})
 
 
-def _uses_fused(group: dict[str, Any], device: torch.device) -> bool:
+def _uses_fused(group: Group, device: torch.device) -> bool:
     return bool(group["fused"]) and device.type in FUSED_DEVICES
 
 
-def _init(parameter: Tensor, group: dict[str, Any]) -> ParameterState:
+def _init(parameter: Tensor, group: Group) -> ParameterState:
     # A zero buffer gives torch's first step exactly: momentum * 0 + gradient.
     return {"momentum_buffer": torch.zeros_like(parameter)} if group["momentum"] else {}
 
 
-def _update(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[ParameterState],
-    gradient_factor: Tensor | None,
-) -> None:
-    fused = _uses_fused(group, params[0].device)
+def _update(group: Group, items: list[Item], gradient_factor: Tensor | None) -> None:
+    fused = _uses_fused(group, items[0].weights.device)
     sgd(
-        params,
-        grads,
-        [state.get("momentum_buffer") for state in states],
+        [item.weights for item in items],
+        [item.grad for item in items],
+        [item.state.get("momentum_buffer") for item in items],
         fused=fused,
         foreach=not fused,
         grad_scale=None if gradient_factor is None else gradient_factor.reciprocal(),

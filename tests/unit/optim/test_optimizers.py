@@ -304,18 +304,77 @@ def test_closure_and_torch_scheduler_work() -> None:
     assert optimizer.step(closure) < first
 
 
-def test_parameters_without_gradient_are_left_alone_and_have_no_state() -> None:
-    model = small()
-    optimizer = build_optimizer(model.named_parameters(), options("adamw"))
-    set_grads(model, 0)
-    model.up.weight.grad = None
-    before = model.up.weight.detach().clone()
-    optimizer.step()
-    assert torch.equal(model.up.weight, before)
-    assert optimizer.state_dict()["parameters"]["up.weight"] == {}
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_late_first_gradient_resumes_bit_by_bit(name: str, dtype: torch.dtype) -> None:
+    """`up.weight` has its first gradient after the run was saved: its state is then as fresh as without the save."""
+
+    def run(model: Small, optimizer: GroupedOptimizer, steps: range) -> None:
+        for step in steps:
+            set_grads(model, step)
+            if step < 5:
+                model.up.weight.grad = None
+            optimizer.step()
+
+    undisturbed, first, second = small(dtype), small(dtype), Small().to(dtype)
+    run(undisturbed, build_optimizer(undisturbed.named_parameters(), options(name)), range(8))
+    before = first.up.weight.detach().clone()
+    optimizer = build_optimizer(first.named_parameters(), options(name))
+    run(first, optimizer, range(3))
+    assert torch.equal(first.up.weight, before)
+    saved = optimizer.state_dict()
+    second.load_state_dict(first.state_dict())
+    resumed = build_optimizer(second.named_parameters(), options(name))
+    resumed.load_state_dict(saved)
+    assert resumed.steps == 3
+    run(second, resumed, range(3, 8))
+    assert_same(undisturbed, second)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_before_the_first_step_has_the_form_of_any_later_one(name: str, dtype: torch.dtype) -> None:
+    model = small(dtype)
+    optimizer = build_optimizer(model.named_parameters(), options(name))
+    untouched = build_optimizer(small(dtype).named_parameters(), options(name)).state_dict()
+    train(model, optimizer, range(2))
+    trained = optimizer.state_dict()
+    for parameter, state in trained["parameters"].items():
+        fresh = untouched["parameters"][parameter]
+        assert {k: (t.shape, t.dtype) for k, t in state.items()} == {k: (t.shape, t.dtype) for k, t in fresh.items()}
+
+
+def test_parts_of_a_step_are_the_step() -> None:
+    whole, parts = small(), small()
+    one = build_optimizer(whole.named_parameters(), options("adamw"))
+    other = build_optimizer(parts.named_parameters(), options("adamw"))
+    for step in range(4):
+        set_grads(whole, step)
+        one.step(gradient_factor=0.5)
+        set_grads(parts, step)
+        other.begin_step()
+        for parameter in reversed(list(parts.parameters())):
+            other.step_part([parameter], gradient_factor=0.5)
+    assert_same(whole, parts)
+    assert other.steps == one.steps == 4
+
+
+def test_state_without_entries_of_earlier_versions_starts_afresh() -> None:
+    _, optimizer = _saved("adamw")
+    state = optimizer.state_dict()
+    state["parameters"]["up.weight"] = {}
     fresh = build_optimizer(small().named_parameters(), options("adamw"))
-    fresh.load_state_dict(optimizer.state_dict())
-    assert fresh.state_dict()["parameters"]["up.weight"] == {}
+    fresh.load_state_dict(state)
+    assert fresh.state_dict()["parameters"]["up.weight"]["step"].item() == 0
+    assert fresh.state_dict()["parameters"]["down.weight"]["step"].item() == 2
+
+
+def test_state_of_another_type_is_refused() -> None:
+    _, optimizer = _saved("adamw")
+    state = optimizer.state_dict()
+    state["parameters"]["up.weight"]["exp_avg"] = torch.zeros(16, 8, dtype=torch.float64)
+    with pytest.raises(CheckpointError, match=r"exp_avg of up\.weight is torch\.float64, expected torch\.float32"):
+        optimizer.load_state_dict(state)
 
 
 def _saved(name: str) -> tuple[Small, GroupedOptimizer]:

@@ -1,0 +1,78 @@
+"""Optimizer state between memory and checkpoint: presented as whole tensors, checked before any of it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from trainwright.base.errors import CheckpointError
+from trainwright.optim.algorithm import Algorithm, ParameterState
+from trainwright.optim.shard import Shard
+
+__all__ = ["loadable", "present", "refuse_other_names"]
+
+
+def present(state: ParameterState, shard: Shard | None, dimensions: int, algorithm: Algorithm) -> dict[str, Tensor]:
+    """The state of one parameter (of so many `dimensions`) with this rank's rows as DTensors; the same memory."""
+    if shard is None:
+        return dict(state)
+    return {
+        key: shard.wrap(tensor) if _is_sharded(key, tensor, dimensions, algorithm) else tensor
+        for key, tensor in state.items()
+    }
+
+
+def loadable(
+    name: str,
+    saved: dict[str, Any],
+    expected: ParameterState,
+    shard: Shard | None,
+    dimensions: int,
+    algorithm: Algorithm,
+) -> ParameterState:
+    """The local tensors of a presented (or plain and whole) state.
+
+    Raises CheckpointError unless keys, shapes and types are those of `expected`.
+    """
+    if set(saved) != set(expected):
+        raise CheckpointError(
+            f"optimizer state of {name} holds {sorted(saved)}, expected {sorted(expected)}",
+            hint="resume with the precision and optimizer options that the checkpoint was made with",
+        )
+    found: ParameterState = {}
+    for key, like in expected.items():
+        value: Tensor = saved[key]
+        split = shard if shard is not None and _is_sharded(key, like, dimensions, algorithm) else None
+        whole = list(like.shape) if split is None else [split.shape[0], *like.shape[1:]]
+        if list(value.shape) != whole:
+            raise CheckpointError(
+                f"optimizer state {key} of {name} has shape {list(value.shape)}, expected {whole}",
+                hint="the checkpoint belongs to a model of another size",
+            )
+        if value.dtype != like.dtype:
+            raise CheckpointError(
+                f"optimizer state {key} of {name} is {value.dtype}, expected {like.dtype}",
+                hint="resume with the precision and optimizer options that the checkpoint was made with",
+            )
+        found[key] = value if split is None else split.unwrap(value, f"optimizer state {key} of {name}")
+    return found
+
+
+def refuse_other_names(saved: set[str], mine: set[str]) -> None:
+    """CheckpointError, with some of the names, unless the two are the same."""
+    if saved == mine:
+        return
+    parts = []
+    for what, names in (("missing from the checkpoint", mine - saved), ("not trained by this run", saved - mine)):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            parts.append(f"{len(names)} {what} ({shown})")
+    raise CheckpointError(
+        f"optimizer state does not fit the model: parameters {'; '.join(parts)}",
+        hint="resume with the model and freeze rules of the saved run, or start from its weights only",
+    )
+
+
+def _is_sharded(key: str, tensor: Tensor, dimensions: int, algorithm: Algorithm) -> bool:
+    return tensor.ndim > 0 and not algorithm.replicated(key, dimensions)
