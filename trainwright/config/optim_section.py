@@ -20,18 +20,33 @@ __all__ = [
     "CosineSchedule",
     "CyclicalSchedule",
     "InverseSqrtSchedule",
+    "LRRangeTestSchedule",
     "LinearSchedule",
     "Lion",
     "Muon",
+    "OneCycleDecaySchedule",
     "OneCycleSchedule",
     "OptimSection",
     "ParameterRule",
     "PolynomialSchedule",
     "ScheduleSection",
     "WSDSchedule",
+    "WarmupDecaySchedule",
 ]
 
-ScheduleName = Literal["constant", "linear", "cosine", "wsd", "one_cycle", "cyclical", "inverse_sqrt", "polynomial"]
+ScheduleName = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "wsd",
+    "one_cycle",
+    "cyclical",
+    "inverse_sqrt",
+    "polynomial",
+    "warmup_decay",
+    "one_cycle_decay",
+    "lr_range_test",
+]
 SCHEDULE_NAMES: tuple[str, ...] = (
     "constant",
     "linear",
@@ -41,6 +56,9 @@ SCHEDULE_NAMES: tuple[str, ...] = (
     "cyclical",
     "inverse_sqrt",
     "polynomial",
+    "warmup_decay",
+    "one_cycle_decay",
+    "lr_range_test",
 )
 OptimizerName = Literal["adamw", "sgd", "adafactor", "lion", "muon"]
 OPTIMIZER_NAMES: tuple[str, ...] = ("adamw", "sgd", "adafactor", "lion", "muon")
@@ -50,10 +68,15 @@ class _Schedule(Section):
     """The learning rate over the run, as a multiplier of optim.lr."""
 
     elsewhere: ClassVar[dict[str, str]] = {
-        "min_ratio": "the schedules that fall: linear, cosine, wsd, one_cycle, cyclical, polynomial",
-        "decay": "name: wsd",
+        "min_ratio": "the schedules that fall: linear, cosine, wsd, one_cycle, cyclical, polynomial, warmup_decay",
+        "decay": "name: wsd or warmup_decay",
         "shape": "name: wsd or one_cycle",
-        "start": "name: one_cycle",
+        "start": "name: one_cycle or one_cycle_decay",
+        **dict.fromkeys(("warmup_start", "warmup_shape"), "name: warmup_decay"),
+        **dict.fromkeys(
+            ("fall_steps", "rise_stairs", "fall_stairs", "decay_steps", "decay_rate"), "name: one_cycle_decay"
+        ),
+        **dict.fromkeys(("step_size", "step_rate", "staircase"), "name: lr_range_test"),
         "restarts": "name: cosine",
         "cycle_steps": "name: cyclical",
         "mode": "name: cyclical",
@@ -130,6 +153,54 @@ class PolynomialSchedule(_Falling):
     """Exponent: 1 is a straight line, larger falls earlier."""
 
 
+class WarmupDecaySchedule(_Falling):
+    """DeepSpeed's WarmupLR, WarmupDecayLR and WarmupCosineLR, update by update."""
+
+    warmup_start: Annotated[float, Real(minimum=0, maximum=1)] = 0.0
+    """Learning rate of the first step as a fraction of optim.lr."""
+    warmup_shape: Annotated[Literal["log", "linear"], Words(("log", "linear"))] = "log"
+    """Curve of the rise; log is steep at first."""
+    decay: Annotated[Literal["none", "linear", "cosine"], Words(("none", "linear", "cosine"))] = "none"
+    """Curve of the fall after the warm-up; none stays at optim.lr."""
+
+    def without_effect(self) -> dict[str, str]:
+        return {"min_ratio": "optim.schedule.decay is none"} if self.decay == "none" else {}
+
+
+class OneCycleDecaySchedule(_Schedule):
+    """Up during the warm-up, down again, then ever lower: DeepSpeed's OneCycle (Smith, arXiv 1803.09820)."""
+
+    start: Annotated[float, Real(minimum=0, maximum=1)] = 0.0
+    """Learning rate at both ends of the cycle as a fraction of optim.lr."""
+    fall_steps: Annotated[int | None, Whole((None,))] = None
+    """Steps of the way down; null is as many as of the way up."""
+    rise_stairs: Annotated[int, Whole()] = 0
+    """Rise in that many steps of equal width; 0 is a line."""
+    fall_stairs: Annotated[int, Whole()] = 0
+    """Fall in that many steps of equal width; 0 is a line."""
+    decay_steps: Annotated[int | None, Whole((None,), minimum=1)] = None
+    """After the cycle the learning rate is divided by 1 + decay_rate * steps / decay_steps; null does not decay."""
+    decay_rate: Annotated[float, Real(minimum=0)] = 0.0
+    """How much the divisor after the cycle grows in decay_steps."""
+
+    def problems(self) -> Any:
+        if (self.decay_steps is None) != (self.decay_rate == 0):
+            yield "decay_steps", "both decay_steps and decay_rate, or neither"
+
+
+class LRRangeTestSchedule(_Schedule):
+    """From optim.lr up and up, to see which learning rate is too high (Smith, arXiv 1803.09820)."""
+
+    warmup: Annotated[Duration | float, Fraction()] = 0.0
+    """Linear rise to optim.lr before the test: a duration, or a fraction of the run; 0 is none."""
+    step_size: Annotated[int, Whole(minimum=1)] = 2000
+    """Steps in which the learning rate grows by step_rate times optim.lr."""
+    step_rate: Annotated[float, Real(minimum=0)] = 1.0
+    """Growth in step_size steps as a multiple of optim.lr."""
+    staircase: Annotated[bool, Truth()] = False
+    """Grow once every step_size steps, not a little at each."""
+
+
 SCHEDULES: dict[str, type[_Schedule]] = {
     "constant": ConstantSchedule,
     "linear": LinearSchedule,
@@ -139,6 +210,9 @@ SCHEDULES: dict[str, type[_Schedule]] = {
     "cyclical": CyclicalSchedule,
     "inverse_sqrt": InverseSqrtSchedule,
     "polynomial": PolynomialSchedule,
+    "warmup_decay": WarmupDecaySchedule,
+    "one_cycle_decay": OneCycleDecaySchedule,
+    "lr_range_test": LRRangeTestSchedule,
 }
 
 
@@ -150,7 +224,10 @@ _Schedules: TypeAlias = Annotated[
     | Annotated[OneCycleSchedule, Tag("<one_cycle>")]
     | Annotated[CyclicalSchedule, Tag("<cyclical>")]
     | Annotated[InverseSqrtSchedule, Tag("<inverse_sqrt>")]
-    | Annotated[PolynomialSchedule, Tag("<polynomial>")],
+    | Annotated[PolynomialSchedule, Tag("<polynomial>")]
+    | Annotated[WarmupDecaySchedule, Tag("<warmup_decay>")]
+    | Annotated[OneCycleDecaySchedule, Tag("<one_cycle_decay>")]
+    | Annotated[LRRangeTestSchedule, Tag("<lr_range_test>")],
     Discriminator(
         lambda value: variant_of(value, SCHEDULES, "wsd"),
         custom_error_type="expected",

@@ -37,7 +37,7 @@ class _Precision(Section):
     name: Annotated[PrecisionName, Words(PRECISION_NAMES)] = "auto"
     """fp32; bf16, fp16, fp8: fp32 weights and products in that format; bf16_pure: bf16 weights too; auto by device."""
     keep_fp32: Annotated[tuple[str, ...], Listed((), Pattern(), empty=True)] = ()
-    """Regular expressions searched in module names; these modules compute in fp32 all the same."""
+    """Regular expressions searched in names of modules; what is inside stays and computes in fp32."""
 
 
 class AutoPrecision(_Precision):

@@ -121,9 +121,16 @@ def schedules() -> st.SearchStrategy[Any]:
             "decay": ratios,
             "power": ratios,
             "restarts": st.integers(0, 3),
+            "rise_stairs": st.integers(0, 3),
+            "step_rate": ratios,
         }.items():
             if key in own:
                 fields[key] = value
+        if name == "warmup_decay":  # there is no lowest rate without a fall
+            fields |= {"decay": st.sampled_from(["linear", "cosine"])}
+            return st.fixed_dictionaries({"name": st.just(name), **fields})
+        if name == "lr_range_test":
+            fields["warmup"] = warmups.filter(lambda warmup: warmup != "auto")
         required = {"name": st.just(name), **({"cycle_steps": st.integers(2, 9)} if name == "cyclical" else {})}
         return st.fixed_dictionaries(required, optional=fields)
 
@@ -176,7 +183,10 @@ recipes = st.fixed_dictionaries(
             st.fixed_dictionaries({"epochs": ratios, "ema": st.just({"decay": 0.99}), "on_nan": st.just("stop")}),
         ),
         "optim": optimizers(),
-        "precision": st.sampled_from(["auto", "bf16", "fp32"]),
+        "precision": st.sampled_from(["auto", "bf16", "fp32", {"name": "fp16", "loss_scale": 8.0}]),
+        "parallel": st.sampled_from(["auto", {"zero": 0}, {"zero": 3, "shard": 2, "gather": "step"}]),
+        "memory": st.sampled_from([{"recompute": "full"}, {"recompute": {"every": 3}, "parameters": "host"}]),
+        "comm": st.fixed_dictionaries({"wire": st.sampled_from(["auto", "bf16"]), "hang_after": st.just("90 s")}),
         "checkpoint": st.fixed_dictionaries({"every": st.one_of(st.just("never"), durations)}),
         "run": st.fixed_dictionaries(
             {}, optional={"description": text_values, "sample": st.just({"prompts": ["你好\n"]})}

@@ -112,11 +112,11 @@ def test_linear_and_polynomial_equal_torch_without_warmup() -> None:
     assert values(build_schedule("polynomial", TOTAL, power=3.0), TOTAL) == pytest.approx(polynomial, abs=1e-9)
 
 
-EXTRA: dict[str, dict[str, Any]] = {"cyclical": {"cycle_steps": 20}}
+EXTRA: dict[str, dict[str, Any]] = {"cyclical": {"cycle_steps": 20}, "one_cycle_decay": {"start": 0.04}}
 
 
 @given(
-    name=st.sampled_from(sorted(SCHEDULES)),
+    name=st.sampled_from(sorted(set(SCHEDULES) - {"lr_range_test"})),  # which rises without end
     total=st.integers(1, 500),
     warmup=st.integers(0, 500),
     step=st.integers(0, 1200),
@@ -126,7 +126,7 @@ def test_stays_within_0_and_1_at_any_step(name: str, total: int, warmup: int, st
     assert 0.0 <= value <= 1.0
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"warmup_decay"}))  # which has DeepSpeed's first update
 def test_warmup_rises_evenly_and_never_wastes_an_update(name: str) -> None:
     ramp = values(
         build_schedule(name, 200, 20, **EXTRA.get(name, {}), **({"min_ratio": 0.5} if name == "cyclical" else {})), 20
