@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from trainwright.checkpoint.checkpointer import Checkpointer
     from trainwright.checkpoint.discovery import CheckpointInfo, latest, list_checkpoints
     from trainwright.checkpoint.interval import expected_overhead, recommended_interval
+    from trainwright.checkpoint.loading import Loaded, load_checkpoint, load_latest
     from trainwright.checkpoint.lock import RunLock
-    from trainwright.checkpoint.reader import CheckpointReader, Loaded, load_checkpoint, load_latest
+    from trainwright.checkpoint.reader import CheckpointReader
     from trainwright.checkpoint.tensors import Piece
     from trainwright.checkpoint.verification import Problem, VerifyReport, verify
     from trainwright.checkpoint.writer import Attempt, RankFiles, Saved, save_checkpoint, write_pieces
@@ -47,7 +48,7 @@ _HOME = {
     "CheckpointInfo": "discovery",
     "CheckpointReader": "reader",
     "Checkpointer": "checkpointer",
-    "Loaded": "reader",
+    "Loaded": "loading",
     "Piece": "tensors",
     "Problem": "verification",
     "RankFiles": "writer",
@@ -57,8 +58,8 @@ _HOME = {
     "expected_overhead": "interval",
     "latest": "discovery",
     "list_checkpoints": "discovery",
-    "load_checkpoint": "reader",
-    "load_latest": "reader",
+    "load_checkpoint": "loading",
+    "load_latest": "loading",
     "recommended_interval": "interval",
     "save_checkpoint": "writer",
     "verify": "verification",

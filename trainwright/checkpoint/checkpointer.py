@@ -9,18 +9,25 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from trainwright.base.errors import CheckpointError, RunInUseError, TrainwrightError
 from trainwright.base.events import emit
-from trainwright.checkpoint import discovery, reader
+from trainwright.checkpoint import discovery, loading
+from trainwright.checkpoint.agreement import Agreement, Cancelled, RankLost
 from trainwright.checkpoint.lock import RunLock
+from trainwright.checkpoint.plan import Planner, pieces_of
 from trainwright.checkpoint.retention import apply_retention, collect_litter, set_aside_after
 from trainwright.checkpoint.snapshot import HostSnapshot
-from trainwright.checkpoint.tree import FlatState, Json, flatten, plain_tree
+from trainwright.checkpoint.tensors import Piece
+from trainwright.checkpoint.tree import Json, Leaves, leaves_of, plain_tree, with_names
 from trainwright.checkpoint.validation import step_of
-from trainwright.checkpoint.writer import Cancelled, Saved, write_flat
+from trainwright.checkpoint.writer import Saved, write_together
+from trainwright.comm import ALONE, Ranks
 
 __all__ = ["Checkpointer"]
 
@@ -29,6 +36,18 @@ EXIT_DEADLINE_SECONDS = 60.0
 
 WRITER_NICENESS = 10
 """The writer thread takes what training leaves: at 10, Linux gives it a tenth of the share of a training thread."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One save: what this rank writes, and what rank 0 puts into the manifest."""
+
+    step: int
+    tree: Json
+    meta: Json
+    pieces: list[Piece]
+    bytes_needed: int
+    failed: Exception | None = None
 
 
 class Checkpointer:
@@ -44,7 +63,9 @@ class Checkpointer:
             `warning` ("skip"). A required save always waits.
         max_failures: this many periodic saves may fail in a row, the last of them raises. Each failure emits
             `checkpoint.failed`; training goes on after the ones before.
-        lock: the run's lock; a process that lost it cannot commit.
+        lock: the run's lock; a process that lost it cannot commit. Of several ranks, rank 0 holds it.
+        ranks: all of them make a Checkpointer of the same folder, and call `prepare`, `save`, `load` and the like at
+            the same steps. Each writes and reads its part; they fail and succeed together. Rank 0 emits the events.
 
     What a save writes is bitwise the state at the call of `save`: when that returns, the tensors may change.
     """
@@ -59,6 +80,7 @@ class Checkpointer:
         when_busy: Literal["wait", "skip"] = "wait",
         max_failures: int = 3,
         lock: RunLock | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if keep is not None and keep < 1:
             raise CheckpointError(f"keep={keep}: at least one checkpoint is kept; None keeps all")
@@ -80,7 +102,12 @@ class Checkpointer:
         self._error: TrainwrightError | None = None
         self._failures = 0
         self._closed = False
-        self._collect_litter()
+        self._ranks = ranks
+        if ranks.is_first:
+            self._collect_litter()
+        # Saves have a group of their own: their thread must never meet a collective of training.
+        self._agreement = Agreement(ranks.separate())
+        self._planner = Planner(self._agreement)
         _open_checkpointers.add(self)
 
     def _collect_litter(self) -> None:
@@ -93,9 +120,21 @@ class Checkpointer:
     # --- saving ---
 
     def prepare(self, state: Mapping[str, Any]) -> None:
-        """Allocate the host buffers of asynchronous saves now, so that the first save does not stall for it."""
-        if self.asynchronous:
-            self._snapshot.prepare(flatten(state).tensors)
+        """Plan who writes what, and allocate the host buffers of asynchronous saves now, so that the first save does
+        not stall for it. All ranks call it.
+
+        Raises:
+            CheckpointError: the state holds what cannot be saved, or the ranks do not hold parts of one state.
+        """
+        leaves, error = _leaves_or_error(state)
+        plan = self._planner.plan(0, error or leaves)
+        if not self.asynchronous:
+            return
+        try:
+            self._snapshot.prepare(_by_place(pieces_of(leaves.tensors, plan)))
+        except Exception as caught:
+            error = caught
+        self._agreement.settle(error)
 
     def save(
         self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any] | None = None, *, required: bool = False
@@ -114,22 +153,22 @@ class Checkpointer:
         started = time.monotonic()
         if self._closed:
             raise CheckpointError("this Checkpointer was closed; nothing can be saved with it")
-        if self.is_busy and self.when_busy == "skip" and not required:
+        if self.when_busy == "skip" and not required and self._ranks.any(self.is_busy):
             message = f"the checkpoint of step {step} is skipped: the one before is still being written"
-            emit("warning", code="checkpoint.skipped", message=message, step=step)
+            self._emit("warning", code="checkpoint.skipped", message=message, step=step)
             return False
         self._join(None)
         if not required:
             self._raise_if_hopeless()
-        flat, plain_meta = flatten(state), plain_tree(meta or {})
+        job = self._job(step, state, meta or {})
         if not self.asynchronous:
-            self._write(step, flat, plain_meta, started, None)
+            self._write(job, started, None)
         else:
-            flat = FlatState(flat.tree, self._snapshot.take(flat.tensors))
+            job = self._with_copies(job)
             stall = time.monotonic() - started
             self._thread = threading.Thread(
                 target=self._write_in_background,
-                args=(step, flat, plain_meta, started, stall),
+                args=(job, started, stall),
                 name=f"checkpoint-step-{step}",
                 daemon=True,  # the end of the process waits in `close`, with a deadline, instead of without one
             )
@@ -140,6 +179,27 @@ class Checkpointer:
             return True
         self._raise_if_hopeless()
         return self._error is None
+
+    def _job(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> _Job:
+        leaves, error = _leaves_or_error(state)
+        plain_meta: Json = {}
+        try:
+            plain_meta = plain_tree(meta)
+        except CheckpointError as caught:
+            error = error or caught
+        plan = self._planner.plan(step, error or leaves)
+        tree = with_names(leaves.tree, plan.names) if self._ranks.is_first else {}
+        return _Job(step, tree, plain_meta, pieces_of(leaves.tensors, plan), plan.bytes_needed)
+
+    def _with_copies(self, job: _Job) -> _Job:
+        """The job with its tensors copied to the host; only what this rank writes is copied."""
+        try:
+            copies = self._snapshot.take(_by_place(job.pieces))
+        except Exception as error:  # the others are waiting: they must hear of it
+            if self._ranks.world == 1:
+                raise
+            return replace(job, pieces=[], failed=error)
+        return replace(job, pieces=[replace(piece, tensor=copies[_place(piece)]) for piece in job.pieces])
 
     @property
     def is_busy(self) -> bool:
@@ -187,29 +247,45 @@ class Checkpointer:
             self._thread = None
         return True
 
-    def _write_in_background(self, step: int, flat: FlatState, meta: Json, started: float, stall: float) -> None:
+    def _write_in_background(self, job: _Job, started: float, stall: float) -> None:
         if sys.platform.startswith("linux"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)  # of this thread only
-        self._write(step, flat, meta, started, stall)
+        self._write(job, started, stall)
 
-    def _write(self, step: int, flat: FlatState, meta: Json, started: float, stall: float | None) -> None:
+    def _write(self, job: _Job, started: float, stall: float | None) -> None:
         """Write, note the outcome for the next `save` or `wait`, tell the listeners."""
         try:
-            fence = self._lock.check if self._lock is not None else None
-            saved = write_flat(self.folder, step, flat, meta, fence=fence, cancelled=self._cancel.is_set)
+            saved = write_together(
+                self._agreement,
+                self.folder,
+                job.step,
+                job.tree,
+                job.meta,
+                job.pieces,
+                job.bytes_needed,
+                fence=self._lock.check if self._lock is not None else None,
+                cancelled=self._cancel.is_set,
+                failed=job.failed,
+            )
         except Exception as error:  # whatever it is, it is raised by `wait` or counted by `save`
-            self._note_failure(step, error)
+            self._note_failure(job.step, error)
             return
         self.last_saved, self._error, self._failures = saved, None, 0
-        emit(
+        self._emit(
             "checkpoint.saved",
-            step=step,
+            step=job.step,
             path=str(saved.path),
             bytes=saved.bytes,
             seconds=saved.seconds,
             stall_seconds=time.monotonic() - started if stall is None else stall,
         )
-        self._retain(step)
+        if self._ranks.is_first:
+            self._retain(job.step)
+
+    def _emit(self, kind: str, **fields: Any) -> None:
+        """Rank 0 speaks for all."""
+        if self._ranks.is_first:
+            emit(kind, **fields)
 
     def _note_failure(self, step: int, error: Exception) -> None:
         self._failures += 1
@@ -219,7 +295,8 @@ class Checkpointer:
             self._error = CheckpointError(f"checkpoint of step {step} failed: {type(error).__name__}: {error}")
             self._error.__cause__ = error
         reason = "stopped at exit before it was complete" if isinstance(error, Cancelled) else str(self._error)
-        emit("checkpoint.failed", step=step, path=str(self.folder), reason=reason, failures_in_a_row=self._failures)
+        tell = emit if isinstance(error, RankLost) else self._emit  # rank 0 may be the one that is lost
+        tell("checkpoint.failed", step=step, path=str(self.folder), reason=reason, failures_in_a_row=self._failures)
 
     def _raise_if_hopeless(self) -> None:
         if self._error is None or self.is_busy:
@@ -252,20 +329,28 @@ class Checkpointer:
 
     def latest(self, *, deep: bool = True) -> Path | None:
         """The newest checkpoint that can be believed (see discovery.latest); protected from retention from now on."""
-        path = discovery.latest(self.folder, deep=deep)
+        found, error = None, None
+        try:
+            if self._ranks.is_first:
+                found = discovery.latest(self.folder, deep=deep)
+        except CheckpointError as caught:
+            error = caught
+        loading.agree(self._ranks, error)
+        name = self._ranks.broadcast_json(found.name if found is not None else None)
+        path = self.folder / name if name is not None else None
         if path is not None:
             self._protect_path(path)
         return path
 
     def load(self, path: Path | str, *, like: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """`load_checkpoint`; the checkpoint is protected from retention from now on, if it is one of this folder."""
-        loaded = reader.load_checkpoint(path, like=like)
+        loaded = loading.load_checkpoint(path, like=like, ranks=self._ranks)
         self._protect_path(Path(path))
         return loaded
 
-    def load_latest(self, *, like: Mapping[str, Any] | None = None) -> reader.Loaded | None:
+    def load_latest(self, *, like: Mapping[str, Any] | None = None) -> loading.Loaded | None:
         """`load_latest` of this folder: reads once, steps back over damaged ones, which it reports by name."""
-        loaded = reader.load_latest(self.folder, like=like)
+        loaded = loading.load_latest(self.folder, like=like, ranks=self._ranks)
         if loaded is not None:
             self._protect_path(loaded.path)
         return loaded
@@ -281,13 +366,38 @@ class Checkpointer:
     def rewind(self, step: int) -> list[Path]:
         """For a run that goes back to `step` on purpose: set newer checkpoints aside (renamed, not deleted)."""
         self._join(None)
-        return set_aside_after(self.folder, step)
+        moved: list[Path] = []
+        error = None
+        try:
+            if self._ranks.is_first:
+                moved = set_aside_after(self.folder, step)
+        except OSError as caught:
+            if self._ranks.world == 1:
+                raise
+            error = caught
+        loading.agree(self._ranks, error)
+        return [self.folder / name for name in self._ranks.broadcast_json([path.name for path in moved])]
 
     def _protect_path(self, path: Path) -> None:
         step = step_of(path.name)
         if step is not None and path.parent.resolve() == self.folder.resolve():
             # The one that was loaded last: should the new ones turn out bad, it is known to be good.
             self._loaded = step
+
+
+def _leaves_or_error(state: Mapping[str, Any]) -> tuple[Leaves, Exception | None]:
+    try:
+        return leaves_of(state), None
+    except CheckpointError as error:
+        return Leaves({}, {}, {}), error
+
+
+def _by_place(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+    return {_place(piece): piece.tensor for piece in pieces}
+
+
+def _place(piece: Piece) -> str:
+    return f"{piece.name} at {piece.offset}" if any(piece.offset) else piece.name
 
 
 _open_checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

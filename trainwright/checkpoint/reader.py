@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,95 +18,13 @@ import torch
 from trainwright.base.errors import CheckpointError
 from trainwright.base.faults import fault_point
 from trainwright.checkpoint import storage
-from trainwright.checkpoint.discovery import all_refused, report_refused, step_folders
-from trainwright.checkpoint.manifest import MANIFEST_NAME, ChunkEntry, Manifest
-from trainwright.checkpoint.tensors import byte_view, dtype_name, torch_dtype
-from trainwright.checkpoint.tree import flatten, unflatten
+from trainwright.checkpoint.manifest import MANIFEST_NAME, ChunkEntry, Manifest, TensorEntry
+from trainwright.checkpoint.sharding import Box, narrow
+from trainwright.checkpoint.tensors import byte_view, torch_dtype
+from trainwright.checkpoint.tree import unflatten
 from trainwright.checkpoint.validation import file_problems, read_manifest, refusal
 
-__all__ = ["CheckpointReader", "Loaded", "check_same_tensors", "load_checkpoint", "load_latest"]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint in memory: the state and meta that were saved at `step`."""
-
-    path: Path
-    step: int
-    state: dict[str, Any]
-    meta: dict[str, Any]
-
-
-def load_checkpoint(
-    path: Path | str, *, like: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a whole checkpoint; returns (state, meta) exactly as they were saved, tensors on the host.
-
-    Args:
-        like: a state with the tensors that are wanted. Names, dtypes and shapes are compared before a byte is read;
-            no value is ever cast or dropped silently.
-
-    Raises:
-        CheckpointError: it is damaged, or does not fit `like`; names the file or the tensors.
-    """
-    with CheckpointReader(path) as reader:
-        if like is not None:
-            check_same_tensors(reader.manifest, like, reader.path)
-        return reader.read_state(), reader.meta
-
-
-def load_latest(root: Path | str, *, like: Mapping[str, Any] | None = None) -> Loaded | None:
-    """Read the newest checkpoint that can be believed; None when there is none at all.
-
-    A damaged one is reported by name with the event `warning`, and the one before it is taken. One that is whole but
-    does not fit `like` is an error at once: an older one would not fit either.
-
-    Raises:
-        CheckpointError: all are damaged, or the newest good one does not fit `like`.
-    """
-    root = Path(root)
-    refused: list[CheckpointError] = []
-    for step, path in step_folders(root):
-        try:
-            reader = CheckpointReader(path)
-        except CheckpointError as error:
-            refused.append(report_refused(path, error))
-            continue
-        with reader:
-            if like is not None:
-                check_same_tensors(reader.manifest, like, path)
-            try:
-                return Loaded(path, step, reader.read_state(), reader.meta)
-            except CheckpointError as error:
-                refused.append(report_refused(path, error))
-    if refused:
-        raise all_refused(root, refused)
-    return None
-
-
-def check_same_tensors(manifest: Manifest, like: Mapping[str, Any], path: Path) -> None:
-    """Compare what a checkpoint holds with what is wanted: names, dtypes and shapes, all differences at once.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    flat = flatten(like)
-    wanted = {name: (dtype_name(t, name), tuple(t.shape)) for name, t in flat.tensors.items()}
-    stored = {name: (entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
-    lines = []
-    for name in sorted(wanted.keys() | stored.keys()):
-        if wanted.get(name) != stored.get(name):
-            lines.append(f"  {name}: the checkpoint has {_shown(stored.get(name))}, wanted {_shown(wanted.get(name))}")
-    if lines:
-        more = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []
-        raise CheckpointError(
-            "\n".join([f"checkpoint {path} does not fit what is to be loaded:", *lines[:20], *more]),
-            hint="resume with the model and optimizer that the run began with, or start a new run",
-        )
-
-
-def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
-    return "nothing of this name" if entry is None else f"{entry[0]} {list(entry[1])}"
+__all__ = ["CheckpointReader"]
 
 
 class CheckpointReader:
@@ -158,19 +75,12 @@ class CheckpointReader:
 
     def read_state(self) -> dict[str, Any]:
         """The whole state, exactly as it was saved. Every byte of every file is checked, padding included."""
-        fault_point("load.before_read", step=self.step)
-        entries = self.manifest.tensors
-        tensors = {name: torch.empty(entry.shape, dtype=torch_dtype(entry.dtype)) for name, entry in entries.items()}
-        reads = [
-            (name, chunk, tensors[name], chunk.offset, (0,) * len(chunk.offset), chunk.shape)
-            for name, entry in entries.items()
-            for chunk in entry.chunks
-        ]
+        tensors = self.read_parts({name: _whole(entry.shape) for name, entry in self.manifest.tensors.items()})
+        return self.state_with(tensors)
+
+    def state_with(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The saved state with these tensors, by name, in their places."""
         with self._naming_path():
-            self._run(reads)
-            self._check_padding()
-            for name, tensor in tensors.items():
-                _check_values(name, tensor)
             return unflatten(self.manifest.state, tensors)
 
     def read_box(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
@@ -179,31 +89,45 @@ class CheckpointReader:
         Raises:
             CheckpointError: there is no such tensor, the box is not inside it, or what was read is damaged.
         """
+        box = Box(tuple(offset), tuple(shape), (0,) * len(shape))
+        return self.read_parts({name: (tuple(shape), (box,))}, padding_of=())[name]
+
+    def read_parts(
+        self,
+        parts: Mapping[str, tuple[tuple[int, ...], Sequence[Box]]],
+        *,
+        padding_of: Iterable[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Parts of several tensors at once; reads and checks only the chunks that overlap them.
+
+        Args:
+            parts: name -> (shape of the part, the boxes that make it up).
+            padding_of: the files whose padding is checked as well; None checks that of all.
+
+        Raises:
+            CheckpointError: there is no such tensor, a box is not inside it, or what was read is damaged.
+        """
+        fault_point("load.before_read", step=self.step)
         with self._naming_path():
-            entry = self.manifest.tensors.get(name)
-            if entry is None:
-                raise CheckpointError(f"{MANIFEST_NAME}: there is no tensor {name!r}")
-            fits = len(offset) == len(shape) == len(entry.shape)
-            if not fits or any(not 0 <= o <= o + s <= n for o, s, n in zip(offset, shape, entry.shape, strict=True)):
-                raise CheckpointError(
-                    f"tensor {name!r}: the box at {list(offset)} of shape {list(shape)} is not inside "
-                    f"{list(entry.shape)}"
-                )
-            result = torch.empty(tuple(shape), dtype=torch_dtype(entry.dtype))
-            reads = []
-            for chunk in entry.chunks:
-                low = tuple(max(a, b) for a, b in zip(chunk.offset, offset, strict=True))
-                high = tuple(
-                    min(a + m, b + n) for a, m, b, n in zip(chunk.offset, chunk.shape, offset, shape, strict=True)
-                )
-                extent = tuple(h - i for i, h in zip(low, high, strict=True))
-                if all(size > 0 for size in extent):
-                    target = tuple(i - b for i, b in zip(low, offset, strict=True))
-                    source = tuple(i - a for i, a in zip(low, chunk.offset, strict=True))
-                    reads.append((name, chunk, result, target, source, extent))
+            results, reads = {}, []
+            for name, (shape, boxes) in parts.items():
+                entry = self.manifest.tensors.get(name)
+                if entry is None:
+                    raise CheckpointError(f"{MANIFEST_NAME}: there is no tensor {name!r}")
+                results[name] = torch.empty(shape, dtype=torch_dtype(entry.dtype))
+                covered = 0
+                for box in boxes:
+                    reads += list(_reads(name, entry, box, results[name]))
+                    covered += box.elements
+                if covered != results[name].numel():
+                    raise CheckpointError(
+                        f"tensor {name!r}: its boxes hold {covered} of {results[name].numel()} elements"
+                    )
             self._run(reads)
-            _check_values(name, result)
-        return result
+            self._check_padding(self.manifest.files if padding_of is None else padding_of)
+            for name, tensor in results.items():
+                _check_values(name, tensor)
+        return results
 
     def _run(self, reads: Sequence[_Read]) -> None:
         """Do all reads on a few threads; both the reading and the hashing leave the interpreter lock."""
@@ -215,7 +139,7 @@ class CheckpointReader:
 
     def _read_chunk(self, read: _Read) -> None:
         name, chunk, target, at, source, extent = read
-        place = _box(target, at, extent)
+        place = narrow(target, at, extent)
         direct = extent == chunk.shape and place.is_contiguous()
         buffer = place if direct else torch.empty(chunk.shape, dtype=target.dtype)
         view = byte_view(buffer)
@@ -230,14 +154,15 @@ class CheckpointReader:
                 f"hash: they were changed after they were saved"
             )
         if not direct:
-            place.copy_(_box(buffer, source, extent))
+            place.copy_(narrow(buffer, source, extent))
 
-    def _check_padding(self) -> None:
+    def _check_padding(self, files: Iterable[str]) -> None:
         """The few bytes between chunks must be zero: a change anywhere in a file is noticed without a second pass."""
-        spans: dict[str, list[tuple[int, int]]] = {name: [] for name in self.manifest.files}
-        for entry in self.manifest.tensors.values():
+        spans: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
+        for entry in self.manifest.tensors.values() if spans else ():
             for chunk in entry.chunks:
-                spans[chunk.file].append((chunk.at, chunk.at + chunk.bytes))
+                if chunk.file in spans:
+                    spans[chunk.file].append((chunk.at, chunk.at + chunk.bytes))
         for name, used in spans.items():
             end = 0
             for start, stop in [*sorted(used), (self.manifest.files[name].bytes, 0)]:
@@ -252,10 +177,27 @@ _Read = tuple[str, ChunkEntry, torch.Tensor, tuple[int, ...], tuple[int, ...], t
 """(name, chunk, tensor to fill, offset in it, offset in the chunk, extent)."""
 
 
-def _box(tensor: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor
+def _whole(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[Box, ...]]:
+    origin = (0,) * len(shape)
+    return shape, (Box(origin, shape, origin),)
+
+
+def _reads(name: str, entry: TensorEntry, box: Box, target: torch.Tensor) -> Iterator[_Read]:
+    """What must be read of which chunks to fill a box; the chunks tile the tensor, so this covers it."""
+    fits = len(box.offset) == len(box.shape) == len(entry.shape)
+    if not fits or any(not 0 <= o <= o + s <= n for o, s, n in zip(box.offset, box.shape, entry.shape, strict=True)):
+        raise CheckpointError(
+            f"tensor {name!r}: the box at {list(box.offset)} of shape {list(box.shape)} "
+            f"is not inside {list(entry.shape)}"
+        )
+    for chunk in entry.chunks:
+        spans = list(zip(chunk.offset, chunk.shape, box.offset, box.shape, strict=True))
+        low = tuple(max(a, b) for a, _, b, _ in spans)
+        extent = tuple(min(a + m, b + n) - start for start, (a, m, b, n) in zip(low, spans, strict=True))
+        if all(size > 0 for size in extent):
+            place = tuple(start - o + at for start, o, at in zip(low, box.offset, box.at, strict=True))
+            source = tuple(start - o for start, o in zip(low, chunk.offset, strict=True))
+            yield name, chunk, target, place, source, extent
 
 
 def _check_values(name: str, tensor: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint.manifest import DTYPE_BYTES, MAX_DIMENSIONS
 
-__all__ = ["CHUNK_BYTES", "Piece", "byte_view", "chunks_of", "dtype_name", "torch_dtype", "whole_pieces"]
+__all__ = ["CHUNK_BYTES", "Piece", "byte_view", "chunks_of", "dtype_name", "torch_dtype"]
 
 CHUNK_BYTES = 32 << 20
 """A chunk is the unit that is hashed and read: 32 MiB lets several threads read one large tensor, and bounds what a
@@ -52,11 +52,6 @@ def dtype_name(tensor: torch.Tensor, name: str) -> str:
     if tensor.dim() > MAX_DIMENSIONS:
         raise CheckpointError(f"tensor {name!r}: {tensor.dim()} dimensions, at most {MAX_DIMENSIONS} are stored")
     return _NAMES[tensor.dtype]
-
-
-def whole_pieces(tensors: dict[str, torch.Tensor]) -> list[Piece]:
-    """The data plan of a single rank: it writes every tensor whole."""
-    return [Piece(name, tuple(t.shape), (0,) * t.dim(), t) for name, t in tensors.items()]
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

@@ -8,8 +8,9 @@ any other type are refused by the path at which they stand: a format that cannot
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,20 @@ from trainwright.base.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_DEPTH", "FlatState", "Json", "flatten", "plain_tree", "tensor_names", "unflatten"]
+__all__ = [
+    "MAX_DEPTH",
+    "FlatState",
+    "Json",
+    "Leaves",
+    "flatten",
+    "leaves_of",
+    "plain_tree",
+    "structure_of",
+    "tensor_names",
+    "tensor_paths",
+    "unflatten",
+    "with_names",
+]
 
 Json = Any
 """What the json module reads and writes: None, bool, int, float, str, list, dict with string keys."""
@@ -39,6 +53,22 @@ class FlatState:
     tensors: dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Leaves:
+    """A state with each tensor under its own path, and what is known of tensors that share memory.
+
+    Attributes:
+        tree: as in FlatState, but every tensor is named by its own path.
+        tensors: path -> tensor.
+        same: path -> the first path with the same memory (its own, where it stands alone). Sharded tensors whose part
+            on this rank is empty are missing: here nobody can tell.
+    """
+
+    tree: Json
+    tensors: dict[str, torch.Tensor]
+    same: dict[str, str]
+
+
 def flatten(state: Mapping[str, Any], *, what: str = "state") -> FlatState:
     """Split a state into JSON and named tensors; tensors that are the same memory are stored once.
 
@@ -48,9 +78,30 @@ def flatten(state: Mapping[str, Any], *, what: str = "state") -> FlatState:
     Raises:
         CheckpointError: a value of a type that has no place in a checkpoint, with its path.
     """
+    leaves = leaves_of(state, what=what)
+    kept = {path: tensor for path, tensor in leaves.tensors.items() if leaves.same.get(path, path) == path}
+    return FlatState(with_names(leaves.tree, leaves.same), kept)
+
+
+def leaves_of(state: Mapping[str, Any], *, what: str = "state") -> Leaves:
+    """`flatten`, with tensors that share memory kept apart: which of them do is for all ranks together to say.
+
+    Raises:
+        CheckpointError: a value of a type that has no place in a checkpoint, with its path.
+    """
     writer = _Flattener(what)
-    tree = writer.encode(state, ())
-    return FlatState(tree, writer.tensors)
+    return Leaves(writer.encode(state, ()), writer.tensors, writer.same)
+
+
+def with_names(tree: Json, names: Mapping[str, str]) -> Json:
+    """The tree with tensors renamed; a name that is not in `names` stays."""
+    if isinstance(tree, list):
+        return [with_names(item, names) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if tree.get(TAG) == "tensor":
+        return {TAG: "tensor", "name": names.get(tree["name"], tree["name"])}
+    return {key: with_names(item, names) for key, item in tree.items()}
 
 
 def plain_tree(values: Mapping[str, Any], *, what: str = "meta") -> Json:
@@ -71,8 +122,11 @@ class _Flattener:
 
         self.what = what
         self.tensors: dict[str, torch.Tensor] = {}
-        self._names: dict[tuple[Any, ...], str] = {}
-        self._tensor_types = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        self.same: dict[str, str] = {}
+        self._first: dict[tuple[Any, ...], str] = {}
+        sharded = sys.modules.get("torch.distributed.tensor")  # where it was never imported, there is no DTensor
+        more = (sharded.DTensor,) if sharded is not None else ()
+        self._tensor_types = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, *more)
 
     def encode(self, value: Any, path: tuple[str | int, ...]) -> Json:
         if len(path) > MAX_DEPTH:
@@ -111,10 +165,10 @@ class _Flattener:
         name = _tensor_name(path)
         if len(name) > MAX_NAME:
             raise self._refused(path, f"the path is longer than {MAX_NAME} characters")
-        identity = _memory_of(tensor)
+        self.tensors[name] = tensor
+        identity = _memory_of(tensor, name)
         if identity is not None:
-            name = self._names.setdefault(identity, name)
-        self.tensors.setdefault(name, tensor)
+            self.same[name] = self._first.setdefault(identity, name)
         return name
 
     def _refused(self, path: tuple[str | int, ...], reason: str) -> CheckpointError:
@@ -136,15 +190,24 @@ def _tensor_name(path: tuple[str | int, ...]) -> str:
     return "/".join(parts)
 
 
-def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """What makes two tensors the same bytes in the same order, or None where there are no bytes to share."""
+def _memory_of(tensor: torch.Tensor, name: str) -> tuple[Any, ...] | None:
+    """What makes two tensors the same bytes in the same order; None for a sharded one that is empty on this rank."""
     import torch
 
+    from trainwright.checkpoint.sharding import is_sharded, local_part
+
+    layout: tuple[Any, ...] = ()
+    if is_sharded(tensor):
+        whole: Any = tensor
+        layout = (tuple(whole.shape), str(whole.placements), whole.device_mesh)
+        tensor = local_part(tensor)
+        if tensor.numel() == 0 and whole.numel():
+            return None
     if tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.numel() == 0:
-        return None
+        return (name,)
     flags = (tensor.is_conj(), tensor.is_neg())
     place = (str(tensor.device), tensor.data_ptr(), tensor.dtype)
-    return (*place, tuple(tensor.shape), tuple(tensor.stride()), *flags)
+    return (*layout, *place, tuple(tensor.shape), tuple(tensor.stride()), *flags)
 
 
 def unflatten(tree: Json, tensors: Mapping[str, Any], *, what: str = "state") -> Any:
@@ -161,6 +224,44 @@ def tensor_names(tree: Json, *, what: str = "state") -> set[str]:
     reader = _Unflattener(None, what)
     reader.decode(tree, 0)
     return reader.seen
+
+
+def tensor_paths(tree: Json) -> dict[str, str]:
+    """path -> name of every tensor of a tree that `tensor_names` has checked."""
+    return {path: node["name"] for path, node in _walk(tree, ()) if isinstance(node, dict)}
+
+
+def structure_of(tree: Json) -> list[str]:
+    """One line per leaf and empty container, without the values: what must be the same on all ranks."""
+    return [f"{path}: {_kind(node)}" for path, node in _walk(tree, ())]
+
+
+def _kind(node: Json) -> str:
+    if isinstance(node, dict):
+        return "tensor"
+    return node if isinstance(node, str) else "value"
+
+
+def _walk(tree: Json, path: tuple[str | int, ...]) -> Iterator[tuple[str, Json]]:
+    """(path, node) of every leaf: a tensor's node, None for a value, and a word for a container without tensors."""
+    tag = tree.get(TAG) if isinstance(tree, dict) else None
+    if tag == "tensor":
+        yield _tensor_name(path), tree
+    elif isinstance(tree, list) or tag in ("tuple", "dict"):
+        items = tree if isinstance(tree, list) else tree["items"]
+        pairs = items if tag == "dict" else list(enumerate(items))
+        if not any(isinstance(item, (dict, list)) for _, item in pairs) and tag != "dict":
+            yield _tensor_name(path), f"{tag or 'list'} of {len(pairs)} values"
+            return
+        for key, item in pairs:
+            yield from _walk(item, (*path, key))
+    elif isinstance(tree, dict) and tag is None:
+        if not tree:
+            yield _tensor_name(path), "empty dict"
+        for key, item in tree.items():
+            yield from _walk(item, (*path, key))
+    else:
+        yield _tensor_name(path), None
 
 
 class _Unflattener:

@@ -8,6 +8,7 @@ calls `write_pieces` for what it holds; one rank calls `Attempt.commit` with wha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import platform
@@ -25,6 +26,7 @@ from trainwright import __version__
 from trainwright.base.errors import CheckpointError
 from trainwright.base.faults import fault_point
 from trainwright.checkpoint import storage
+from trainwright.checkpoint.agreement import Agreement, Cancelled, failure_of
 from trainwright.checkpoint.lock import owner_file, try_lock
 from trainwright.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -37,10 +39,12 @@ from trainwright.checkpoint.manifest import (
     encode_manifest,
     parse_manifest,
 )
-from trainwright.checkpoint.tensors import Piece, byte_view, chunks_of, dtype_name, whole_pieces
-from trainwright.checkpoint.tree import FlatState, Json, flatten, plain_tree
+from trainwright.checkpoint.plan import Planner, pieces_of
+from trainwright.checkpoint.tensors import Piece, byte_view, chunks_of, dtype_name
+from trainwright.checkpoint.tree import Json, leaves_of, plain_tree, with_names
+from trainwright.comm import ALONE, Ranks
 
-__all__ = ["Attempt", "Cancelled", "Fence", "RankFiles", "Saved", "save_checkpoint", "write_flat", "write_pieces"]
+__all__ = ["Attempt", "Cancelled", "Fence", "RankFiles", "Saved", "save_checkpoint", "write_pieces", "write_together"]
 
 FILE_BYTES = 8 << 30
 """A data file is closed and the next one begun at 8 GiB: object stores and copy tools like files of this size."""
@@ -49,16 +53,34 @@ Fence = Callable[[], None]
 """Called right before the commit; raises when this process may no longer write (see RunLock.check)."""
 
 
-class Cancelled(CheckpointError):
-    """A save was told to stop before it was complete; nothing of it is left."""
-
-
 @dataclass(frozen=True)
 class RankFiles:
     """What one rank wrote: its files, and its chunks under the names of the global tensors."""
 
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
+
+    def to_json(self) -> Json:
+        """For the rank that commits."""
+        return {
+            "files": {name: [entry.bytes, entry.xxh3_128] for name, entry in self.files.items()},
+            "tensors": {
+                name: [entry.dtype, entry.shape, [dataclasses.astuple(chunk) for chunk in entry.chunks]]
+                for name, entry in self.tensors.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, record: Json) -> RankFiles:
+        """The inverse of `to_json`."""
+        tensors = {}
+        for name, (dtype, shape, chunks) in record["tensors"].items():
+            entries = (
+                ChunkEntry(file, at, size, tuple(offset), tuple(extent), digest)
+                for file, at, size, offset, extent, digest in chunks
+            )
+            tensors[name] = TensorEntry(dtype, tuple(shape), tuple(entries))
+        return cls({name: FileEntry(*entry) for name, entry in record["files"].items()}, tensors)
 
 
 @dataclass(frozen=True)
@@ -78,40 +100,115 @@ def save_checkpoint(
     meta: Mapping[str, Any] | None = None,
     *,
     fence: Fence | None = None,
+    ranks: Ranks = ALONE,
 ) -> Saved:
     """Write `state` as `root/step-N`, and return when it is on the disk.
 
     An existing `step-N` is replaced in one atomic step, after the new one is complete.
 
+    Args:
+        ranks: all of them call this with their part of the state: DTensors where it is sharded, equal plain tensors
+            where it is not.
+
     Raises:
-        CheckpointError: the state holds what cannot be saved, the disk is full or fails, or `fence` refused. Nothing of
-            the attempt is left and earlier checkpoints are untouched.
+        CheckpointError: the state holds what cannot be saved, the disk is full or fails, or `fence` refused; on all
+            ranks alike. Nothing of the attempt is left and earlier checkpoints are untouched.
     """
-    return write_flat(Path(root), step, flatten(state), plain_tree(meta or {}), fence=fence)
+    agreement = Agreement(ranks)
+    leaves = leaves_of(state)
+    plan = Planner(agreement).plan(step, leaves)
+    tree = with_names(leaves.tree, plan.names)
+    pieces = pieces_of(leaves.tensors, plan)
+    return write_together(
+        agreement, Path(root), step, tree, plain_tree(meta or {}), pieces, plan.bytes_needed, fence=fence
+    )
 
 
-def write_flat(
+def write_together(
+    agreement: Agreement,
     root: Path,
     step: int,
-    flat: FlatState,
+    tree: Json,
     meta: Json,
+    pieces: Sequence[Piece],
+    bytes_needed: int,
     *,
     fence: Fence | None = None,
     cancelled: Callable[[], bool] = lambda: False,
+    failed: Exception | None = None,
 ) -> Saved:
-    """`save_checkpoint` for a state that is flat already; asks `cancelled` every few MiB, raises Cancelled if true."""
+    """One save of all ranks: each writes its pieces, rank 0 commits with its own tree and meta when all have.
+
+    Args:
+        cancelled: asked every few MiB; raises Cancelled if true.
+        failed: what went wrong on this rank before; the others are told, and nothing is saved.
+
+    Raises:
+        CheckpointError: on all ranks alike, when any of them failed; names rank, host and file.
+    """
     started = time.monotonic()
-    pieces = whole_pieces(flat.tensors)
-    with _as_checkpoint_errors(root, step), Attempt.open(root, step, _bytes_needed(pieces)) as attempt:
-        written = write_pieces(attempt.folder, 0, pieces, step=step, cancelled=cancelled)
-        path = attempt.commit([written], flat.tree, meta, fence=fence)
-    total = sum(entry.bytes for entry in written.files.values())
-    return Saved(step, path, total, time.monotonic() - started)
+    rank = agreement.ranks.rank
+    with contextlib.ExitStack() as stack:
+        attempt, error = None, failed
+        if agreement.leads:
+            try:
+                with _as_checkpoint_errors(root, step):
+                    attempt = stack.enter_context(Attempt.open(root, step, bytes_needed))
+            except Exception as caught:
+                error = error or caught
+        opened = agreement.announce(
+            {"folder": attempt.folder.name, "failure": None}
+            if attempt is not None
+            else {"folder": None, "failure": agreement.first_failures([_report(error)]) if error else None}
+        )
+        agreement.raise_for(opened["failure"], error)
+        written = RankFiles({}, {})
+        try:
+            if error is not None:
+                raise error
+            with _as_checkpoint_errors(root, step):
+                written = write_pieces(root / opened["folder"], rank, pieces, step=step, cancelled=cancelled)
+            fault_point("save.before_report", step=step, rank=rank)
+        except Exception as caught:
+            error = caught
+        reports = agreement.collect(_report(error, written))
+        verdict: Json = None
+        if attempt is not None:
+            verdict, error = _decide(agreement, attempt, reports, tree, meta, fence, error)
+        # The attempt is gone before the others hear that it failed.
+        stack.close()
+        verdict = agreement.announce(verdict)
+    agreement.raise_for(verdict["failure"], error)
+    return Saved(step, root / f"step-{step}", verdict["bytes"], time.monotonic() - started)
 
 
-def _bytes_needed(pieces: Sequence[Piece]) -> int:
-    """Data with its padding, and a kilobyte of manifest per tensor, which is three times what one takes."""
-    return sum(piece.tensor.numel() * piece.tensor.element_size() + 5120 for piece in pieces) + (1 << 20)
+def _report(error: Exception | None, written: RankFiles | None = None) -> Json:
+    record = written.to_json() if written is not None and error is None else None
+    return {"failure": failure_of(error) if error is not None else None, "written": record}
+
+
+def _decide(
+    agreement: Agreement,
+    attempt: Attempt,
+    reports: Sequence[Json],
+    tree: Json,
+    meta: Json,
+    fence: Fence | None,
+    error: Exception | None,
+) -> tuple[Json, Exception | None]:
+    """Commit if every rank has written its part: (what to tell them, this rank's own error)."""
+    failure = agreement.first_failures(reports)
+    if failure is None:
+        written = [RankFiles.from_json(report["written"]) for report in reports]
+        try:
+            with _as_checkpoint_errors(attempt.root, attempt.step):
+                attempt.commit(written, tree, meta, fence=fence)
+        except Exception as caught:
+            error, failure = caught, agreement.first_failures([_report(caught)])
+        else:
+            total = sum(entry.bytes for files in written for entry in files.files.values())
+            return {"failure": None, "bytes": total}, None
+    return {"failure": failure, "bytes": 0}, error
 
 
 @contextlib.contextmanager
@@ -119,10 +216,11 @@ def _as_checkpoint_errors(root: Path, step: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        file = f"{Path(os.fsdecode(error.filename)).name}: " if isinstance(error.filename, (str, bytes)) else ""
         raise CheckpointError(
-            f"checkpoint of step {step} could not be written to {root}: {error.strerror or error}",
+            f"checkpoint of step {step} could not be written to {root}: {file}{error.strerror or error}",
             hint="earlier checkpoints are untouched and nothing of this one is left; "
-            "check the free space, the quota and the permissions of that folder",
+            "check the free space, the quota and the permissions of that folder, and that all ranks see the same one",
         ) from error
 
 
@@ -182,20 +280,20 @@ class Attempt:
         Raises:
             CheckpointError: the chunks do not tile the tensors, a file does not have its size, or `fence` refused.
         """
-        fault_point("save.before_manifest", step=self.step)
+        fault_point("save.before_manifest", step=self.step, rank=0)
         manifest = _merge(self.step, ranks, state, meta)
         data = encode_manifest(manifest)
         parse_manifest(data)  # the same checks as at load: what is committed can be read
         self._write_manifest(data)
         self._check_sizes(manifest)
         storage.sync_folder(self.folder)
-        fault_point("save.before_commit", step=self.step)
+        fault_point("save.before_commit", step=self.step, rank=0)
         if fence is not None:
             fence()
         final = self.root / f"step-{self.step}"
         self._publish(final)
         storage.sync_folder(self.root)
-        fault_point("save.after_commit", step=self.step)
+        fault_point("save.after_commit", step=self.step, rank=0)
         return final
 
     def _write_manifest(self, data: bytes) -> None:
@@ -268,28 +366,35 @@ def write_pieces(
     """
     files: dict[str, FileEntry] = {}
     tensors: dict[str, TensorEntry] = {}
-    fault_point("save.before_data", step=step)
     current: _DataFile | None = None
+
+    def close(file: _DataFile) -> None:
+        files[file.name] = file.finish()
+        fault_point("save.after_data_file", step=step, rank=rank, file=file.name)
+
     try:
+        fault_point("save.before_data", step=step, rank=rank)
         for piece in pieces:
             chunks: list[ChunkEntry] = []
+            known = tensors.get(piece.name)
             dtype = dtype_name(piece.tensor, piece.name)
             for offset, part in chunks_of(piece.tensor):
                 if current is not None and current.position >= file_bytes:
-                    files[current.name] = current.finish()
-                    fault_point("save.after_data_file", step=step, file=current.name)
+                    close(current)
                     current = None
                 if current is None:
                     current = _DataFile(folder, data_file_name(rank, len(files)), cancelled)
                 at, size, digest = current.append(byte_view(part))
                 place = tuple(a + b for a, b in zip(piece.offset, offset, strict=True))
                 chunks.append(ChunkEntry(current.name, at, size, place, tuple(part.shape), digest))
-            if piece.name in tensors:
-                raise CheckpointError(f"tensor {piece.name!r} stands twice in the data plan of rank {rank}")
-            tensors[piece.name] = TensorEntry(dtype, tuple(piece.global_shape), tuple(chunks))
+            before = known.chunks if known is not None else ()
+            tensors[piece.name] = TensorEntry(dtype, tuple(piece.global_shape), (*before, *chunks))
         if current is not None:
-            files[current.name] = current.finish()
-            fault_point("save.after_data_file", step=step, file=current.name)
+            close(current)
+    except OSError as error:
+        if error.filename is None:  # which file it was; the system does not say it of an open one
+            error.filename = str(folder / (current.name if current is not None else data_file_name(rank, len(files))))
+        raise
     finally:
         if current is not None:
             current.abandon()

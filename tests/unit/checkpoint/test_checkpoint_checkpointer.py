@@ -226,18 +226,18 @@ def test_the_writer_thread_does_not_lower_the_priority_of_training(tmp_path: Pat
 
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     seen: list[int] = []
-    real = checkpointer_module.write_flat
+    real = checkpointer_module.write_together
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         return real(*args, **kwargs)
 
-    checkpointer_module.write_flat = spy
+    checkpointer_module.write_together = spy
     try:
         with Checkpointer(tmp_path, asynchronous=True) as checkpointer:
             checkpointer.save(1, make_state(1), required=True)
     finally:
-        checkpointer_module.write_flat = real
+        checkpointer_module.write_together = real
     assert seen == [max(before, checkpointer_module.WRITER_NICENESS)]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
