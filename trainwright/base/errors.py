@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "HangError",
     "Interrupted",
     "MemoryLimitError",
     "MissingDependencyError",
@@ -85,6 +86,12 @@ class MissingDependencyError(TrainwrightError):
     """An optional package is needed; the message names the extra that installs it."""
 
     exit_code = 9
+
+
+class HangError(TrainwrightError):
+    """A rank made no progress for comm.hang_after; the message names it and what the others wait in."""
+
+    exit_code = 10
 
 
 class Interrupted(TrainwrightError):

@@ -17,12 +17,10 @@ from trainwright.base.errors import ConfigError
 
 __all__ = [
     "LAUNCH_VARIABLE",
-    "MASTER_SOCKET_VARIABLE",
     "Launcher",
     "ProcessEnvironment",
     "derived_port",
     "expand_nodes",
-    "master_socket",
     "process_environment",
 ]
 
@@ -30,9 +28,6 @@ Launcher = Literal["torchrun", "trainwright", "mpirun", "srun", "none"]
 
 LAUNCH_VARIABLE = "TRAINWRIGHT_LAUNCH"
 """Set by our launcher to the name of the launch: RANK and its companions are then ours."""
-
-MASTER_SOCKET_VARIABLE = "TRAINWRIGHT_MASTER_SOCKET"
-"""Set for rank 0 by our launcher: descriptor of a socket that is bound to MASTER_PORT on loopback already."""
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 20000, 12000
@@ -78,15 +73,6 @@ def process_environment(env: Mapping[str, str] = os.environ) -> ProcessEnvironme
     if "PMI_RANK" in env or "PMI_SIZE" in env:
         return _from_hydra(env)
     return ProcessEnvironment(0, 1, 0, 1, 0, LOOPBACK, None, "none")
-
-
-def master_socket(env: Mapping[str, str] = os.environ) -> int | None:
-    """Descriptor of the bound, not yet listening socket that our launcher kept for rank 0's store; None elsewhere.
-
-    Listen on it and give it to `TCPStore(..., master_listen_fd=...)`: nobody can take the port in between, and it is
-    reachable from this machine only. It can be used once.
-    """
-    return _number(env, MASTER_SOCKET_VARIABLE) if MASTER_SOCKET_VARIABLE in env else None
 
 
 def derived_port(job: str) -> int:

@@ -10,7 +10,6 @@ from trainwright.base.processes import (
     ProcessEnvironment,
     derived_port,
     expand_nodes,
-    master_socket,
     process_environment,
 )
 
@@ -78,8 +77,6 @@ def test_our_launcher() -> None:
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20001", LAUNCH_VARIABLE: "x"}
     assert process_environment(env) == ProcessEnvironment(1, 2, 1, 2, 0, "127.0.0.1", 20001, "trainwright")
     assert process_environment({**SRUN, **env}).launcher == "trainwright"
-    assert master_socket(env) is None
-    assert master_socket({**env, "TRAINWRIGHT_MASTER_SOCKET": "7"}) == 7
 
 
 def test_ranks_on_one_machine_without_an_address() -> None:
