@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from trainwright.base.errors import ConfigError
 from trainwright.optim.adafactor import ADAFACTOR
 from trainwright.optim.adamw import ADAMW
 from trainwright.optim.algorithm import Algorithm
@@ -25,12 +27,25 @@ ALGORITHMS: dict[str, Algorithm] = {"adamw": ADAMW, "sgd": SGD, "adafactor": ADA
 def build_optimizer(named_parameters: Iterable[tuple[str, Tensor]], options: OptimizerOptions) -> GroupedOptimizer:
     """The optimizer of a whole model, with parameter groups by the rules of `options` (see `groups.make_groups`).
 
-    Half-precision parameters are updated through an fp32 copy that is part of the optimizer's state.
+    Half-precision parameters are updated as `options.half_update` says. Raises ConfigError where that needs bf16
+    parameters and some are fp16.
     """
     groups = make_groups(named_parameters, options)
     for group in groups:
         group.update(_algorithm_options(group["algorithm"], options))
+        group.update(half_update=options.half_update, rounding_seed=options.seed)
+        if options.half_update != "master":
+            _refuse_fp16(group, options.half_update)
     return GroupedOptimizer(groups, ALGORITHMS, defaults={"lr": options.lr, "weight_decay": options.weight_decay})
+
+
+def _refuse_fp16(group: dict[str, Any], half_update: str) -> None:
+    for name, parameter in group["params"]:
+        if parameter.dtype == torch.float16:
+            raise ConfigError(
+                f"half_update {half_update!r} is for bf16 parameters, {name} is fp16",
+                hint="use half_update master, or bf16",
+            )
 
 
 def _algorithm_options(algorithm: str, options: OptimizerOptions) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """One optimizer object for any mix of algorithms, with state that is named, exact and free of pickle.
 
 An algorithm is two functions (make the state of one parameter; update a list of parameters); the class below does what
-all share: groups, this rank's part of sharded parameters, fp32 copies of half-precision ones, the gradient factor, and
-the state dict.
+all share: groups, this rank's part of sharded parameters, fp32 weights for half-precision ones, the gradient factor,
+and the state dict.
 """
 
 from __future__ import annotations
@@ -16,15 +16,11 @@ from torch import Tensor
 from trainwright.base.errors import CheckpointError
 from trainwright.base.protocols import StateDict
 from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
+from trainwright.optim.halves import HALVES, initial_state, open_weights, write_back
 from trainwright.optim.shard import local_part, shard_of
 from trainwright.optim.state import loadable, present, refuse_other_names
 
 __all__ = ["GroupedOptimizer"]
-
-MASTER = "master"
-"""State key of the fp32 copy of a half-precision parameter: updates below bf16's spacing (1/256) add up there."""
-
-HALVES = (torch.bfloat16, torch.float16)
 
 BATCH_ELEMENTS = 1 << 26
 """Numbers of this rank that are updated together where an update needs temporary copies (gradients as fp32)."""
@@ -64,7 +60,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.begin_step()
         for group in self.param_groups:
-            self._step_group(group, group["params"], gradient_factor)
+            self._step_group(group, None, gradient_factor)
         return loss
 
     def begin_step(self) -> None:
@@ -81,59 +77,65 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """
         wanted = {id(parameter) for parameter in parameters}
         for group in self.param_groups:
-            self._step_group(group, [p for p in group["params"] if id(p) in wanted], gradient_factor)
+            self._step_group(group, wanted, gradient_factor)
 
     def set_lr(self, multiplier: float) -> None:
         """Set every group's learning rate to its own peak times `multiplier` (a schedule's value)."""
         for group in self.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
 
-    def _step_group(self, group: Group, parameters: list[Tensor], gradient_factor: float | Tensor | None) -> None:
+    def _step_group(self, group: Group, wanted: set[int] | None, gradient_factor: float | Tensor | None) -> None:
         algorithm = self.algorithms[group["algorithm"]]
-        trained = [p for p in parameters if p.grad is not None or (algorithm.whole and shard_of(p) is not None)]
+        trained = [
+            (name, p)
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            if (wanted is None or id(p) in wanted)
+            and (p.grad is not None or (algorithm.whole and shard_of(p) is not None))
+        ]
         if not trained:
             return
-        grads = [None if p.grad is None else local_part(p.grad) for p in trained]
+        grads = [None if p.grad is None else local_part(p.grad) for _, p in trained]
         factor = None
         if gradient_factor is not None:
-            device = local_part(trained[0]).device
+            device = local_part(trained[0][1]).device
             factor = torch.as_tensor(gradient_factor, dtype=torch.float32, device=device)
             if not algorithm.folds_factor(group, device):
                 if present_grads := [grad for grad in grads if grad is not None]:
                     torch._foreach_mul_(present_grads, factor)
                 factor = None
-        for start, stop in _batches(trained, algorithm):
+        for start, stop in _batches([p for _, p in trained], algorithm):
             self._step_batch(group, trained[start:stop], grads[start:stop], factor)
 
     def _step_batch(
-        self, group: Group, parameters: list[Tensor], grads: list[Tensor | None], factor: Tensor | None
+        self, group: Group, named: list[tuple[str, Tensor]], grads: list[Tensor | None], factor: Tensor | None
     ) -> None:
         algorithm = self.algorithms[group["algorithm"]]
-        items, halves = [], []
-        for parameter, grad in zip(parameters, grads, strict=True):
+        items = []
+        halves: list[tuple[str, Tensor, Item]] = []
+        for (name, parameter), grad in zip(named, grads, strict=True):
             local = local_part(parameter)
             state = self._state_of(parameter, local, group, algorithm) if grad is not None else self.state[parameter]
-            weights = state.get(MASTER, local)
-            if weights is not local:
-                halves.append((local, weights))
-            items.append(Item(weights, None if grad is None else grad.to(weights.dtype), state, shard_of(parameter)))
+            weights = open_weights(local, state)
+            item = Item(weights, None if grad is None else grad.to(weights.dtype), state, shard_of(parameter))
+            items.append(item)
+            if weights is not local and grad is not None:
+                halves.append((name, local, item))
         algorithm.update(group, items, factor)
-        if halves:
-            torch._foreach_copy_([local for local, _ in halves], [weights for _, weights in halves])
+        write_back(halves, step=self.steps, seed=group["rounding_seed"])
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def _state_of(self, parameter: Tensor, local: Tensor, group: Group, algorithm: Algorithm) -> ParameterState:
         state: ParameterState = self.state[parameter]
         if not state:
-            state.update(_initial_state(local, group, algorithm))
+            state.update(initial_state(local, group, algorithm))
         return state
 
     @torch.no_grad()
     def materialise_state(self) -> None:
         """Make the state of every parameter now, as the first update would.
 
-        Half-precision parameters get their fp32 copy from the values that they have now: load weights before.
+        An fp32 copy of half-precision parameters is made from the values that they have now: load weights before.
         """
         for group, _, parameter in self._named():
             self._state_of(parameter, local_part(parameter), group, self.algorithms[group["algorithm"]])
@@ -176,7 +178,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             saved = state["parameters"].get(name)
             if saved:
                 # On the meta device: what is expected, without the memory.
-                expected = _initial_state(
+                expected = initial_state(
                     torch.empty_like(local_part(parameter), device="meta"), group, self.algorithms[group["algorithm"]]
                 )
                 algorithm = self.algorithms[group["algorithm"]]
@@ -197,14 +199,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, parameter
-
-
-def _initial_state(local: Tensor, group: Group, algorithm: Algorithm) -> ParameterState:
-    local = local.detach()
-    if local.dtype not in HALVES:
-        return algorithm.init(local, group)
-    master = local.float()
-    return {MASTER: master} | algorithm.init(master, group)
 
 
 def _batches(parameters: list[Tensor], algorithm: Algorithm) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ from trainwright.base.errors import ConfigError
 __all__ = ["NAMES", "OptimizerOptions", "Rule"]
 
 NAMES = ("adamw", "sgd", "adafactor", "lion", "muon")
+ELEMENTWISE = ("adamw", "sgd", "lion")
 
 # AdamW's beta2 = 0.95 is the usual choice for language models since GPT-3 (2005.14165); Lion's are its paper's.
 DEFAULT_BETAS = {"adamw": (0.9, 0.95), "muon": (0.9, 0.95), "lion": (0.9, 0.99)}
@@ -67,6 +68,10 @@ class OptimizerOptions:
         beta2_decay: adafactor's beta2 of step t is 1 - t ** this.
         update_clip: adafactor's updates are scaled down to this root mean square (`d` in 1804.04235).
         fused: use torch's fused kernels where the device has them.
+        half_update: how half-precision parameters take in small updates: `master` (an fp32 copy), `kahan` (the part
+            that rounding cut off, in bf16) or `stochastic` (random rounding); see `halves`. The last two are for bf16
+            and for optimizers that look at each number by itself: adamw, sgd, lion.
+        seed: of random rounding.
     """
 
     name: str = "adamw"
@@ -85,6 +90,8 @@ class OptimizerOptions:
     beta2_decay: float = -0.8
     update_clip: float = 1.0
     fused: bool = True
+    half_update: str = "master"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -100,6 +107,12 @@ class OptimizerOptions:
         _require(1 <= self.newton_schulz_steps < 100, "newton_schulz_steps", self.newton_schulz_steps, "1 to 99")
         _choose("lr_adjust", self.lr_adjust, ("match_rms_adamw", "original"))
         _choose("newton_schulz_dtype", self.newton_schulz_dtype, ("auto", "bfloat16", "float32"))
+        _choose("half_update", self.half_update, ("master", "kahan", "stochastic"))
+        if self.half_update != "master" and self.name not in ELEMENTWISE:
+            raise ConfigError(
+                f"optimizer {self.name} cannot update bf16 parameters by {self.half_update!r}",
+                hint=f"use half_update master, or one of {', '.join(ELEMENTWISE)}",
+            )
         if self.nesterov and self.name == "sgd" and self.resolved_momentum == 0:
             raise ConfigError("optimizer sgd: nesterov needs momentum above 0", hint="set momentum=0.9")
 
