@@ -29,6 +29,7 @@ CONTEXT.set_forkserver_preload(["torch", "trainwright.checkpoint.checkpointer"])
 POINTS = [
     "save.before_data",
     "save.after_data_file",
+    "save.before_report",
     "save.before_manifest",
     "save.before_commit",
     "save.after_commit",

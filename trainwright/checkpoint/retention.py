@@ -56,7 +56,7 @@ def apply_retention(
     Call it after the commit of `step`, which stays whatever its number. A checkpoint is renamed out of sight
     before its files are removed, so that a half-deleted one is never seen.
     """
-    fault_point("save.before_retention", step=step)
+    fault_point("save.before_retention", step=step, rank=0)
     folders = dict(step_folders(root))
     good, damaged = [], []
     for number, path in folders.items():
