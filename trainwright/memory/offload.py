@@ -158,7 +158,7 @@ class ActivationOffload:
         storage = plain.untyped_storage()
         if storage.nbytes() < SMALLEST_BYTES or is_parameter(tensor) or storage._cdata in self._known:
             return tensor
-        if plain is not tensor or type(tensor) is not Tensor or not tensor.layout == torch.strided:
+        if plain is not tensor or type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor
         piece = block.pieces.get(storage._cdata)
         if piece is None:
@@ -167,7 +167,7 @@ class ActivationOffload:
                 self.transport.send(flat), storage.nbytes(), StorageWeakRef(storage)
             )
             self.sent_bytes += piece.size
-        return _View(block, piece, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _View(block, piece, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Tensor | _View) -> Tensor:
         if isinstance(saved, Tensor):

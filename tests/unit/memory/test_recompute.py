@@ -1,4 +1,4 @@
-"""Recomputing and offloading change what is held for backward and nothing else: losses and gradients are bitwise equal."""
+"""Recomputing and offloading change what is held for backward and nothing else: losses, gradients bitwise equal."""
 
 from __future__ import annotations
 
