@@ -13,11 +13,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as Rows
 
-from trainwright.base.errors import CheckpointError
+from trainwright.base.errors import CheckpointError, ConfigError
 from trainwright.optim import (
     EMA,
     GroupedOptimizer,
     OptimizerOptions,
+    StepInBackward,
     build_optimizer,
     clip_factor,
     clip_gradients,
@@ -259,20 +260,51 @@ def check_a_rank_without_gradients_does_not_hang(mesh: Any, rank: int, name: str
     assert bool(moved) == (rank != 1)
 
 
+def small_model() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3), nn.LayerNorm(3), nn.Linear(3, 1))
+
+
+def sharded_model(mesh: Any) -> nn.Sequential:
+    model = small_model()
+    for module in (model[0], model[2], model):
+        fully_shard(module, mesh=mesh)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+    return model
+
+
+def check_release_in_backward(mesh: Any, rank: int, name: str) -> None:
+    ordinary, released = sharded_model(mesh), sharded_model(mesh)
+    mine = build_optimizer(ordinary.named_parameters(), options(name))
+    other = build_optimizer(released.named_parameters(), options(name))
+    stepping = StepInBackward(other)
+    for step in range(4):
+        torch.manual_seed(step)
+        rows = torch.randn(4 * mesh.size(), 5).chunk(mesh.size())[rank]
+        ordinary(rows).square().sum().backward()
+        norm = gradient_norm(ordinary.parameters())
+        mine.step(gradient_factor=0.1)
+        mine.zero_grad()
+        loss = released(rows).square().sum()
+        stepping.arm(gradient_factor=0.1)
+        loss.backward()
+        left = [p for p in released.parameters() if p.grad is not None]
+        assert not left, f"{len(left)} gradients are still there after the backward pass"
+        stepping.finish()
+        sharded, replicated = stepping.squared_norms
+        dist.all_reduce(sharded)
+        torch.testing.assert_close((sharded + replicated).sqrt().float(), norm, rtol=1e-6, atol=0)
+    for p, q in zip(ordinary.parameters(), released.parameters(), strict=True):
+        assert torch.equal(local_part(p), local_part(q))
+    with pytest.raises(ConfigError, match="muon looks at whole matrices"):
+        StepInBackward(build_optimizer(released.named_parameters(), options("muon")))
+
+
 def check_fsdp_training(mesh: Any, rank: int, name: str) -> None:
     """The real thing: gradients that FSDP2 made, on a model with odd widths."""
 
-    def model() -> nn.Sequential:
-        torch.manual_seed(5)
-        return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3), nn.LayerNorm(3), nn.Linear(3, 1))
-
-    spread, alone = model(), model()
-    for layer in (spread[0], spread[2]):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(spread, mesh=mesh)
-    for module in (spread, spread[0], spread[2]):
-        module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
+    spread, alone = sharded_model(mesh), small_model()
     mine = build_optimizer(spread.named_parameters(), options(name))
     other = build_optimizer(alone.named_parameters(), options(name))
     for step in range(8):
@@ -299,6 +331,7 @@ def on_ranks(rank: int, world: int) -> bool:
             check_resume_in_the_same_and_in_other_layouts(mesh, name, torch.bfloat16)
             check_fsdp_training(mesh, rank, name)
             if name in ELEMENTWISE:
+                check_release_in_backward(mesh, rank, name)
                 check_equals_one_process(mesh, name, torch.bfloat16, "kahan")
                 check_equals_one_process(mesh, name, torch.bfloat16, "stochastic")
             check_a_rank_without_gradients_does_not_hang(mesh, rank, name)
