@@ -6,6 +6,7 @@ loaded = load_recipe("stdlib", ["train.steps=100"])
 loaded.recipe.optim.lr, loaded.provenance["optim.lr"]
 """
 
+from trainwright.config.batch import BatchSizes, resolve_batch
 from trainwright.config.data_section import (
     DataSection,
     SourceSection,
@@ -16,7 +17,10 @@ from trainwright.config.data_section import (
     ValidationFraction,
     ValidationSources,
 )
+from trainwright.config.deepspeed import Note
 from trainwright.config.dump import to_yaml
+from trainwright.config.engine_config import BatchSection, ClientOptim, EngineConfig
+from trainwright.config.engine_load import LoadedEngineConfig, load_engine_config
 from trainwright.config.find import builtin_recipes, find_recipe
 from trainwright.config.launch_section import CommSection, LaunchSection
 from trainwright.config.load import LoadedRecipe, load_recipe, load_recipe_text
@@ -37,10 +41,15 @@ from trainwright.config.schema import Recipe, json_schema
 from trainwright.config.train_section import TaskSection, TrainSection
 
 __all__ = [
+    "BatchSection",
+    "BatchSizes",
     "CheckpointSection",
+    "ClientOptim",
     "CommSection",
     "DataSection",
+    "EngineConfig",
     "LaunchSection",
+    "LoadedEngineConfig",
     "LoadedRecipe",
     "MemorySection",
     "ModelFromConfig",
@@ -49,6 +58,7 @@ __all__ = [
     "ModelFromPreset",
     "ModelSection",
     "MonitorSection",
+    "Note",
     "OptimSection",
     "Origin",
     "ParallelSection",
@@ -71,7 +81,9 @@ __all__ = [
     "builtin_recipes",
     "find_recipe",
     "json_schema",
+    "load_engine_config",
     "load_recipe",
     "load_recipe_text",
+    "resolve_batch",
     "to_yaml",
 ]

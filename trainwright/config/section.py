@@ -18,7 +18,8 @@ class Section(BaseModel):
     """One section of a recipe.
 
     A subclass states rules between its own fields in `problems` and fields without effect in `without_effect`;
-    rules between sections stand in the Recipe.
+    rules between sections stand in the Recipe. A field whose key is a word of Python has a `_` behind its name
+    (`global_` for the key `global`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
@@ -30,7 +31,7 @@ class Section(BaseModel):
     """Write the keys of a variant before those that all variants share."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """(field, what was expected) for every rule between fields that does not hold."""
+        """(field, what was expected) for every rule between fields that does not hold; "optim.lr" is one further in."""
         yield from ()
 
     def without_effect(self) -> Mapping[str, str]:
@@ -54,6 +55,7 @@ class Section(BaseModel):
             if isinstance(data, cls):
                 return handler(data)
             raise PydanticCustomError("expected", "expected {expected}.{hint}", {"expected": "a section", "hint": ""})
+        data = {f"{key}_" if f"{key}_" in cls.model_fields else key: value for key, value in data.items()}
         found = [problem(field, expected, data.get(field)) for field, expected in cls.raw_problems(data)]
         section = None
         try:
@@ -68,7 +70,7 @@ class Section(BaseModel):
                 if field in data
                 and getattr(section, field) != cls.model_fields[field].get_default(call_default_factory=True)
             ]
-            found += [problem(field, expected, data.get(field)) for field, expected in section.problems()]
+            found += [problem(field, expected, _seen(data, section, field)) for field, expected in section.problems()]
         if found:
             raise ValidationError.from_exception_data(cls.__name__, found)
         assert section is not None
@@ -78,9 +80,11 @@ class Section(BaseModel):
     def _explain(cls, details: Any) -> InitErrorDetails:
         """A pydantic error in our words, where it concerns this section; errors of inner sections are done already."""
         kind, location, context = details["type"], details["loc"], details.get("ctx", {})
+        if location and isinstance(location[0], str):
+            location = (_key(location[0]), *location[1:])
         if kind == "extra_forbidden" and len(location) == 1:
             key = str(location[0])
-            names = list(cls.model_fields)
+            names = [_key(name) for name in cls.model_fields]
             if key in cls.elsewhere:
                 expected, hint = f"no such key here: it belongs to {cls.elsewhere[key]}", ""
             else:
@@ -106,7 +110,7 @@ class Section(BaseModel):
             value = getattr(self, name)
             if name in idle or (value is None and field.default is None):
                 continue
-            result[name] = _plain(value)
+            result[_key(name)] = _plain(value)
         return result
 
 
@@ -122,7 +126,20 @@ def _plain(value: Any) -> Any:
 
 def problem(field: str, expected: str, seen: Any) -> InitErrorDetails:
     """An error on one field of a section."""
-    return _details("expected", (field,) if field else (), seen, expected, "")
+    return _details("expected", tuple(_key(part) for part in field.split(".")) if field else (), seen, expected, "")
+
+
+def _key(field: str) -> str:
+    """What a field is called where it is written."""
+    return field.removesuffix("_")
+
+
+def _seen(data: Any, section: Any, field: str) -> Any:
+    """The value of a field as it was given, or as it is by default."""
+    for part in field.split("."):
+        data = data.get(part) if isinstance(data, Mapping) else None
+        section = getattr(section, part, None)
+    return section if data is None else data
 
 
 def _details(kind: str, location: tuple[Any, ...], seen: Any, expected: str, hint: str) -> InitErrorDetails:
