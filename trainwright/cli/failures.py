@@ -8,7 +8,8 @@ import tempfile
 import traceback
 
 from trainwright.base import errors
-from trainwright.base.errors import MemoryLimitError, TrainwrightError
+from trainwright.base.errors import ConfigError, MemoryLimitError, TrainwrightError
+from trainwright.base.processes import process_environment
 
 __all__ = ["EXIT_INTERRUPTED", "EXIT_PIPE", "EXIT_UNEXPECTED", "exit_codes", "report"]
 
@@ -59,9 +60,19 @@ def report(error: BaseException, *, debug: bool) -> int:
 
 
 def _say(message: str, hint: str | None) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"  -> {hint}", file=sys.stderr)
+    text = f"error: {_speaker()}{message}\n" + (f"  -> {hint}\n" if hint else "")
+    # In one piece: the ranks of torchrun or mpirun share a terminal.
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _speaker() -> str:
+    """`rank 1: ` where ranks share a terminal. Below our launcher each has its own file, and the launcher names it."""
+    try:
+        place = process_environment()
+    except ConfigError:
+        return ""
+    return f"rank {place.rank}: " if place.world > 1 and place.launcher != "trainwright" else ""
 
 
 def _first_line(error: BaseException) -> str:

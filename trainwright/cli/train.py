@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainwright.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainwright.config import LoadedRecipe
 
 __all__ = ["train"]
 
@@ -38,9 +43,32 @@ def train(
     if dry_run or print_config:
         _show(loaded, plan=dry_run, values=print_config)
         return
+    from trainwright.launch import launched, resolve_processes
+
+    if not launched():
+        processes = resolve_processes(loaded.recipe.launch.processes)
+        if processes > 1:
+            given = [recipe, *(overrides or ()), *console, "--resume", resume]
+            raise typer.Exit(_launch(loaded, given, processes))
     from trainwright.trainer import Trainer
 
     Trainer(loaded, resume=resume).fit()
+
+
+def _launch(loaded: LoadedRecipe, given: list[str], processes: int) -> int:
+    """Start this same command once for each rank; gives the exit code."""
+    from trainwright.launch import LaunchOptions, launch
+
+    debug = ["--debug"] if "--debug" in sys.argv else []
+    command = [sys.executable, "-m", "trainwright", *debug, "train", *given]
+    return launch(
+        LaunchOptions(
+            command,
+            processes,
+            hang_after=float(loaded.recipe.comm.hang_after.value),
+            logs=Path(loaded.recipe.run.dir) / ".launch",
+        )
+    )
 
 
 def _show(loaded: object, *, plan: bool, values: bool) -> None:

@@ -40,8 +40,9 @@ class LaunchOptions:
 
     command: the program and its arguments, the same for every rank. grace: seconds that ranks get after SIGTERM or
     Ctrl-C. kill_after: seconds between SIGTERM and SIGKILL for ranks whose peer failed. hang_after: seconds without
-    progress, None leaves it to the ranks' own default and does not watch. logs: folder for the output of all ranks;
-    None makes a temporary one, which is removed when all ends well. bind_cores: each rank stays on its own cores.
+    progress, None leaves it to the ranks' own default and does not watch. logs: a folder in which one is
+    made for the output of all ranks; None takes the system's temporary folder. keep_logs: also when all ends well.
+    bind_cores: each rank stays on its own cores. port: where the ranks meet; None finds a free one.
     """
 
     command: Sequence[str]
@@ -50,6 +51,7 @@ class LaunchOptions:
     kill_after: float = 5.0
     hang_after: float | None = None
     logs: Path | None = None
+    keep_logs: bool = False
     bind_cores: bool = False
     port: int | None = None
 
@@ -64,18 +66,15 @@ def launch(options: LaunchOptions) -> int:
         ConfigError: the port is taken.
     """
     holder, port = reserve_port(options.port)
-    with holder, _folder(options.logs) as folder:
-        return _Supervisor(options, folder, port).run()
+    with holder:
+        return _Supervisor(options, _make_folder(options.logs), port).run()
 
 
-@contextlib.contextmanager
-def _folder(given: Path | None) -> Iterator[Path]:
-    if given is None:
-        yield Path(tempfile.mkdtemp(prefix="trainwright-launch-"))
-        return
-    given = given / time.strftime(f"launch-%Y%m%d-%H%M%S-{os.getpid()}")
-    given.mkdir(parents=True)
-    yield given.resolve()
+def _make_folder(parent: Path | None) -> Path:
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+        parent = parent.resolve()
+    return Path(tempfile.mkdtemp(prefix=time.strftime("launch-%Y%m%d-%H%M%S-"), dir=parent))
 
 
 @dataclass
@@ -307,7 +306,7 @@ class _Supervisor:
         for pattern in ("heartbeat-*", "stack-*", "flight-*", ".*.part", "dump"):
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
-        if self.options.logs is None and not keep:
+        if not keep and not self.options.keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _leave_nothing(self) -> None:
