@@ -1,29 +1,48 @@
 """A model becomes a Hugging Face folder that transformers opens and that gives the same logits.
 
-Every file is written beside its final name, synced to disk, then renamed: a crash leaves the old file or the new one.
-The weights come before the configuration and the index, so a folder that has both is complete.
+Weights are read and written one tensor, or a few rows of one, at a time: a model that is not in memory (a checkpoint of
+many ranks, say) is exported as well as one that is. Every file is written beside its final name, synced to disk, then
+renamed: a crash leaves the old file or the new one. The weights come before the configuration and the index, so a
+folder that has both is complete.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainwright.base.errors import ModelError
 from trainwright.base.faults import fault_point
+from trainwright.base.safetensors_file import DTYPE_CODES, INDEX_NAME, StoredTensor, write_folder
 from trainwright.models.decoder import Decoder
-from trainwright.models.registry import family_of
+from trainwright.models.registry import ModelConfig, family_of
 
-__all__ = ["save_pretrained"]
+__all__ = ["WeightSource", "save_pretrained", "save_weights"]
 
-_INDEX = "model.safetensors.index.json"
+PIECE_BYTES = 64 << 20
+"""Rows are read and written in pieces of this size where the file has the tensor as the model has it."""
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Weights that are read on demand.
+
+    Attributes:
+        shapes, dtypes: of each parameter, by the model's name of it; the order is that of the files.
+        read: (name, first row, rows) -> these rows of it (all dimensions but the first are whole), on any device.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    read: Callable[[str, int, int], Tensor]
 
 
 def save_pretrained(
@@ -46,29 +65,56 @@ def save_pretrained(
         ModelError: `tensors` lacks a parameter or has one of another shape.
         OSError: the folder cannot be written.
     """
+    values = dict(model.named_parameters()) if tensors is None else _checked(model, tensors)
+    source = WeightSource(
+        {name: tuple(value.shape) for name, value in values.items()},
+        {name: value.dtype for name, value in values.items()},
+        lambda name, first, rows: values[name].detach().narrow(0, first, rows),
+    )
+    return save_weights(
+        model.config, source, folder, generation=generation, dtype=dtype, max_shard_bytes=max_shard_bytes
+    )
+
+
+def save_weights(
+    config: ModelConfig,
+    source: WeightSource,
+    folder: str | Path,
+    *,
+    generation: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """`save_pretrained` for weights that are read on demand; holds one tensor at most, and usually a piece of one.
+
+    Raises:
+        ModelError: a weight is of a dtype that files cannot have. OSError: the folder cannot be written.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = dict(model.named_parameters()) if tensors is None else _checked(model, tensors)
-    shards = _plan_shards(model, values, dtype, max_shard_bytes)
-    names = [
-        "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    finals = [*names, *([_INDEX] if len(shards) > 1 else []), "generation_config.json", "config.json"]
+    stored = _stored(config, source, dtype)
+    written: list[str] = []
+
+    def place(name: str) -> Path:
+        written.append(name)
+        _beside(folder, name).unlink(missing_ok=True)  # of a save that was killed
+        return _beside(folder, name)
+
     try:
-        for name, keys in zip(names, shards, strict=True):
-            save_file(dict(_file_tensors(model, values, keys, dtype)), _beside(folder, name), metadata={"format": "pt"})
-        if len(shards) > 1:
-            _write_json(_beside(folder, _INDEX), _index(folder, names, shards))
-        _write_json(_beside(folder, "generation_config.json"), _generation(model, generation))
-        _write_json(_beside(folder, "config.json"), _config(model, dtype))
-        for name in finals:
+        finals = write_folder(
+            stored, lambda tensor: _bytes_of(config, source, tensor), place=place, max_bytes=max_shard_bytes
+        )
+        main = next(iter(source.dtypes.values()))
+        _write_json(place("generation_config.json"), _generation(config, generation))
+        _write_json(place("config.json"), _config(config, dtype or main))
+        finals += ["generation_config.json", "config.json"]
+        for name in finals[-2:]:
             _sync(_beside(folder, name))
         fault_point("model.before_commit")
         for name in finals:
             os.replace(_beside(folder, name), folder / name)
     finally:
-        for name in finals:
+        for name in written:
             _beside(folder, name).unlink(missing_ok=True)
     _remove_stale(folder, set(finals))
     _sync(folder)
@@ -83,12 +129,6 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _index(folder: Path, names: list[str], shards: list[list[str]]) -> dict[str, Any]:
-    total = sum(_beside(folder, name).stat().st_size for name in names)
-    weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-
 def _checked(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {}
     for name, parameter in model.named_parameters():
@@ -99,51 +139,71 @@ def _checked(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     return values
 
 
-def _plan_shards(
-    model: Decoder, values: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int
-) -> list[list[str]]:
-    """Names per file, in order, each file at most `max_bytes` unless one tensor alone is larger."""
-    zeros = family_of(model.config).weights.zeros(model.config)
-    sizes = {name: value.numel() * (dtype or value.dtype).itemsize for name, value in values.items()}
-    sizes.update({name: shape[0] * (dtype or torch.float32).itemsize for name, shape in zeros.items()})
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > max_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
+def _stored(config: ModelConfig, source: WeightSource, dtype: torch.dtype | None) -> list[StoredTensor]:
+    """What the files hold: the parameters in their layout, and the zeros that the family's files need beside them."""
+    weights = family_of(config).weights
+    tensors = [
+        StoredTensor(name, _code(name, _dtype_in_file(source.dtypes[name], dtype)), weights.file_shape(name, shape))
+        for name, shape in source.shapes.items()
+    ]
+    main = next(iter(source.dtypes.values()))
+    zeros = weights.zeros(config)
+    return tensors + [StoredTensor(name, _code(name, dtype or main), shape) for name, shape in zeros.items()]
 
 
-def _file_tensors(
-    model: Decoder, values: Mapping[str, Tensor], keys: list[str], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    weights = family_of(model.config).weights
-    zeros = weights.zeros(model.config)
-    for name in keys:
-        if name in values:
-            tensor = weights.to_file(model.config, name, values[name].detach())
-        else:
-            tensor = torch.zeros(zeros[name], dtype=model.embedding.weight.dtype)
-        yield name, tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+def _dtype_in_file(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and stored.is_floating_point else stored
 
 
-def _config(model: Decoder, dtype: torch.dtype | None) -> dict[str, Any]:
-    stored = str(dtype or model.embedding.weight.dtype).removeprefix("torch.")
-    return {**model.config.to_hf(), "dtype": stored, "torch_dtype": stored}
+def _code(name: str, dtype: torch.dtype) -> str:
+    text = str(dtype).removeprefix("torch.")
+    if text not in DTYPE_CODES:
+        raise ModelError(f"cannot save {name}: {text} has no place in a safetensors file")
+    return text
 
 
-def _generation(model: Decoder, generation: Mapping[str, Any] | None) -> dict[str, Any]:
-    ids = {key: model.config.to_hf()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+def _bytes_of(config: ModelConfig, source: WeightSource, stored: StoredTensor) -> Iterator[memoryview]:
+    """The bytes of a tensor as they stand in the file, piece by piece."""
+    dtype = getattr(torch, stored.dtype)
+    if stored.name not in source.shapes:
+        yield _view(torch.zeros(stored.shape, dtype=dtype))
+        return
+    shape = source.shapes[stored.name]
+    rows = shape[0]
+    if not math.prod(shape):
+        return
+    convert = family_of(config).weights.to_file
+    probe = torch.empty(shape, dtype=source.dtypes[stored.name], device="meta")
+    if convert(config, stored.name, probe) is probe:  # the file has it as it is: rows can go one after the other
+        step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * probe.element_size()))
+        for first in range(0, rows, step):
+            yield _view(source.read(stored.name, first, min(step, rows - first)).to("cpu", dtype))
+        return
+    yield _view(convert(config, stored.name, source.read(stored.name, 0, rows)).to("cpu", dtype))
+
+
+def _view(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    stored = str(dtype).removeprefix("torch.")
+    return {**config.to_hf(), "dtype": stored, "torch_dtype": stored}
+
+
+def _generation(config: ModelConfig, generation: Mapping[str, Any] | None) -> dict[str, Any]:
+    ids = {key: config.to_hf()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     known = {key: value for key, value in ids.items() if value is not None}
     return {"_from_model_config": not generation, **known, **(generation or {})}
 
 
 def _remove_stale(folder: Path, kept: set[str]) -> None:
     """Weights of an earlier save under other names would be loaded, or waste the disk."""
-    for path in (*folder.glob("model.safetensors"), *folder.glob("model-?????-of-?????.safetensors"), folder / _INDEX):
+    for path in (
+        *folder.glob("model.safetensors"),
+        *folder.glob("model-?????-of-?????.safetensors"),
+        folder / INDEX_NAME,
+    ):
         if path.name not in kept:
             path.unlink(missing_ok=True)
 
