@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from trainwright.base.errors import ConfigError
-from trainwright.base.processes import ProcessEnvironment, master_socket, process_environment
+from trainwright.base.processes import ProcessEnvironment, process_environment
 from trainwright.comm.ranks import Ranks
 
 __all__ = ["current_ranks", "start", "stop"]
@@ -134,11 +134,6 @@ def _store(environment: ProcessEnvironment, timeout: timedelta) -> dist.Store:
 
 
 def _listen(address: str, port: int) -> int:
-    inherited = master_socket()
-    if inherited is not None:
-        with socket.socket(fileno=inherited) as bound:
-            bound.listen(BACKLOG)
-            return bound.detach()
     family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,20 +1,38 @@
-"""Per-block compilation: every transformer block is one graph, compiled once and shared by all blocks of its shape."""
+"""Per-block compilation: every repeated block is one graph, compiled once and shared by all blocks of its shape."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
 from trainwright.models import Decoder
+from trainwright.parallel import find_blocks
 
 __all__ = ["compile_blocks"]
 
 
-def compile_blocks(model: Decoder) -> int:
-    """Compile each module of `model.blocks` and the final norm in place; returns how many blocks were marked.
+def compile_blocks(model: nn.Module) -> int:
+    """Compile the forward pass of each repeated block, and a decoder's final norm, in place; returns how many blocks.
 
     Blocks are compiled one by one, not the model as a whole: equal blocks hit the same compiled code, so the time to
     compile does not grow with depth, and the embedding's backward stays out of the graph (the compiler's scatter-add
-    on CPU is not deterministic; PyTorch's own kernel is). Shapes are static: training uses one shape throughout.
+    on CPU is not deterministic; PyTorch's own kernel is). Only `forward` is compiled, not the call with its hooks:
+    those of `fully_shard` gather parameters around it. Shapes are static: training uses one shape throughout.
     """
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    model.final_norm.compile(dynamic=False)
-    return len(model.blocks)
+    blocks: Sequence[nn.Module] = (
+        list(model.blocks) if isinstance(model, Decoder) else [block for _, block in find_blocks(model)]
+    )
+    for block in blocks:
+        if "compile" in block.__dict__:  # a recomputed block compiles what it computes again, not the recomputing
+            block.compile(dynamic=False)
+        else:
+            _compile_forward(block)
+    if isinstance(model, Decoder):
+        _compile_forward(model.final_norm)
+    return len(blocks)
+
+
+def _compile_forward(module: nn.Module) -> None:
+    module.forward = torch.compile(module.forward, dynamic=False)

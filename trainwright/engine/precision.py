@@ -1,4 +1,4 @@
-"""Precision policies: in which type parameters live and in which type matrices are multiplied."""
+"""Precision policies: in which type parameters are held, gathered and multiplied, and how gradients travel."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from trainwright.base.errors import ConfigError
+from trainwright.models import Decoder
 
-__all__ = ["PRECISIONS", "Precision", "precision"]
+__all__ = ["PRECISIONS", "Precision", "cast_model", "keep_residual_fp32", "precision", "wire_type"]
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -19,13 +23,15 @@ class Precision:
 
     Attributes:
         name: the word used in recipes.
-        parameter_dtype: type of parameters, gradients and optimizer state.
+        parameter_dtype: type of parameters and gradients, and of optimizer state that has no copy in fp32.
         compute_dtype: type of matrix products; differs from `parameter_dtype` only under autocast.
+        scales_loss: small gradients would vanish in the compute type, so the loss is multiplied before the backward.
     """
 
     name: str
     parameter_dtype: torch.dtype
     compute_dtype: torch.dtype
+    scales_loss: bool = False
 
     def autocast(self, device_type: str) -> AbstractContextManager[object]:
         """The context in which the forward pass runs; empty where parameters already have the compute type."""
@@ -33,13 +39,22 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=self.compute_dtype)
 
+    @property
+    def gather_dtype(self) -> torch.dtype | None:
+        """The type in which divided parameters are gathered; None where it is the one they are held in."""
+        return None if self.parameter_dtype == self.compute_dtype else self.compute_dtype
+
 
 PRECISIONS = {
     "fp32": Precision("fp32", torch.float32, torch.float32),
     # fp32 parameters, gradients and moments; matrix products in bf16. Norms, softmax and loss stay fp32.
     "bf16": Precision("bf16", torch.float32, torch.bfloat16),
-    # bf16 weights and gradients; the optimizer keeps an fp32 copy of the weights, in which small updates add up.
+    # The same in fp16, whose smallest number is 6e-8: the loss is scaled so that small gradients do not vanish.
+    "fp16": Precision("fp16", torch.float32, torch.float16, scales_loss=True),
+    # bf16 weights and gradients; how updates below bf16's spacing survive is the optimizer's matter.
     "bf16_pure": Precision("bf16_pure", torch.bfloat16, torch.bfloat16),
+    # Linear layers multiply in fp8 (engine.float8 exchanges them); everything else as in bf16.
+    "fp8": Precision("fp8", torch.float32, torch.bfloat16),
 }
 
 
@@ -49,3 +64,29 @@ def precision(name: str) -> Precision:
         return PRECISIONS[name]
     except KeyError:
         raise ConfigError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}") from None
+
+
+def wire_type(word: str, policy: Precision) -> torch.dtype:
+    """The type in which gradients travel; "auto" is the compute type, in which they were computed."""
+    return policy.compute_dtype if word == "auto" else _TYPES[word]
+
+
+def cast_model(model: nn.Module, policy: Precision, keep: set[nn.Module]) -> None:
+    """Hold every floating-point parameter of `model` in the policy's type, those of the modules in `keep` in fp32.
+
+    Buffers keep their types: tables and running statistics were made in the type that they need.
+    """
+    inside = {inner for module in keep for inner in module.modules()}
+    for module in model.modules():
+        wanted = torch.float32 if module in inside else policy.parameter_dtype
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != wanted:
+                parameter.data = parameter.data.to(wanted)
+
+
+def keep_residual_fp32(model: Decoder) -> None:
+    """Let the residual stream of a decoder begin in fp32 although its embedding is gathered in the compute type.
+
+    Under autocast alone the stream is fp32, because the embedding is; block outputs add to it without being rounded.
+    """
+    model.embedding.register_forward_hook(lambda module, inputs, output: output.float())

@@ -207,7 +207,7 @@ class Sharded(DataParallel):
         self._handles = []
 
 
-def run_as_forward(model: FSDPModule, name: str) -> None:
+def run_as_forward(model: Any, name: str) -> None:
     """Let a method compute with the gathered parameters of the root, as `forward` does.
 
     torch's `register_fsdp_forward_method` does the same, but gives the parameters up when such a method is called from

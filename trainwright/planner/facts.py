@@ -14,11 +14,12 @@ class MachineFacts:
     Attributes:
         kind: "cpu", "cuda" or "mps".
         name: what the device calls itself.
-        cores: usable CPU cores.
-        memory_bytes: memory that the run may use, cgroup limits included.
+        cores: CPU cores that one rank uses.
+        memory_bytes: memory that one rank may use: of its device, or its share of the host's (cgroup limits included).
         bf16: whether bf16 matrix products are done in hardware.
         compiler: path of a C++ compiler for CPU kernels (CUDA needs none), None when there is none.
-        peak: measured matrix-product rate in FLOP/s by dtype name ("fp32", "bf16").
+        peak: measured matrix-product rate of one rank in FLOP/s by dtype name ("fp32", "bf16").
+        ranks: processes that train together, each with a device, or a share of the cores, like this one.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class MachineFacts:
     bf16: bool
     compiler: str | None
     peak: dict[str, float]
+    ranks: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trainwright.base.text import human_bytes, human_count, human_duration
+from trainwright.comm.mesh import Layout
 
 __all__ = ["Decision", "Plan", "Prediction"]
 
@@ -43,7 +44,8 @@ class Plan:
     Attributes:
         decisions: in the order they were taken; later ones rest on earlier ones.
         steps: optimizer steps of the run.
-        batch_rows, micro_rows: rows per optimizer step and per forward pass; the second divides the first.
+        batch_rows, micro_rows: rows per optimizer step over all ranks, and per forward pass of one rank.
+        layout: how the state of training is divided over the ranks.
         tokens: trained tokens of the whole run.
         parameters, flops_per_token: of the model.
         peak_flops: measured matmul rate of the run's compute type, against which MFU is counted.
@@ -62,6 +64,17 @@ class Plan:
     machine: dict[str, Any]
     data: dict[str, Any]
     prediction: Prediction
+    layout: Layout = field(default_factory=lambda: Layout(1, 0, 1))
+
+    @property
+    def rank_rows(self) -> int:
+        """Rows of one optimizer step on one rank."""
+        return self.batch_rows // self.layout.world
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return self.rank_rows // self.micro_rows
 
     def updates(self) -> dict[str, tuple[Any, str]]:
         """The decisions in the form that `LoadedRecipe.resolve` takes."""
@@ -90,6 +103,7 @@ class Plan:
             f"model     {human_count(self.parameters)} parameters,"
             f" {self.flops_per_token / 1e6:,.0f} MFLOP per trained token",
             f"run       {self.steps:,} steps x {self.batch_rows} rows = {human_count(self.tokens)} trained tokens",
+            *([f"ranks     {self.layout.describe()}"] if self.layout.world > 1 else []),
             f"predicted {human_count(prediction.tokens_per_second)} tokens/s,"
             f" {human_duration(prediction.total_seconds)} of training,"
             f" {human_bytes(prediction.memory['total'])} of memory ({', '.join(parts)})",

@@ -13,6 +13,7 @@ from trainwright.config.optim_section import Muon
 from trainwright.planner import rules
 from trainwright.planner.cost import MemoryPrediction, predict_memory, predict_tokens_per_second
 from trainwright.planner.facts import DataFacts, MachineFacts, ModelFacts
+from trainwright.planner.layout import choose_layout
 from trainwright.planner.plan import Decision, Plan, Prediction
 
 __all__ = ["resolve"]
@@ -34,13 +35,16 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
     ledger.settle("train.threads", train.threads, lambda: (machine.cores, "all usable cores"))
     ledger.settle("train.deterministic", train.deterministic, lambda: rules.choose_deterministic(machine))
 
-    eager = predict_tokens_per_second(model, machine, dtype=dtype, compiled=False)
+    eager = machine.ranks * predict_tokens_per_second(model, machine, dtype=dtype, compiled=False)
     budget = _token_budget(recipe, model, machine, data, dtype, eager)
     batch_tokens = ledger.settle(
-        "train.batch_tokens", _number(train.batch_tokens), lambda: rules.choose_batch_tokens(model, data, budget.tokens)
+        "train.batch_tokens",
+        _number(train.batch_tokens),
+        lambda: rules.choose_batch_tokens(model, data, budget.tokens, ranks=machine.ranks),
     )
-    batch_rows = _rows(batch_tokens, data)
+    batch_rows = _rows(batch_tokens, data, machine.ranks)
     trained = batch_rows * data.trained_per_row
+    rank_rows = batch_rows // machine.ranks
     steps = _settle_steps(ledger, recipe, budget, trained)
     tokens = round(steps * trained)
 
@@ -48,15 +52,19 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
         "train.micro_batch",
         train.micro_batch,
         lambda: rules.choose_micro_batch(
-            model, data, machine, batch_rows=batch_rows, optimizer=recipe.optim.name, precision=precision
+            model, data, machine, batch_rows=rank_rows, optimizer=recipe.optim.name, precision=precision
         ),
     )
-    if batch_rows % micro_rows:
+    if rank_rows % micro_rows:
+        share = f", {rank_rows} for each of {machine.ranks} processes" if machine.ranks > 1 else ""
         raise ConfigError(
-            f"train.micro_batch {micro_rows} does not divide the batch of {batch_rows} rows"
+            f"train.micro_batch {micro_rows} does not divide the batch of {batch_rows} rows{share}"
             f" (train.batch_tokens {batch_tokens} / data.sequence_length {data.sequence_length})",
-            hint=f"the nearest that does is {_nearest_divisor(batch_rows, micro_rows)}",
+            hint=f"the nearest that does is {_nearest_divisor(rank_rows, micro_rows)}",
         )
+    chosen = choose_layout(recipe.parallel, machine.ranks, accumulation=rank_rows // micro_rows)
+    if machine.ranks > 1:
+        ledger.decisions.extend(chosen.decisions)
     compiled = ledger.settle(
         "train.compile", train.compile, lambda: rules.choose_compile(machine, eager_seconds=tokens / eager)
     )
@@ -76,7 +84,7 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
         sequence_length=data.sequence_length,
     )
     _refuse_what_cannot_fit(memory, machine)
-    rate = predict_tokens_per_second(model, machine, dtype=dtype, compiled=bool(compiled))
+    rate = machine.ranks * predict_tokens_per_second(model, machine, dtype=dtype, compiled=bool(compiled))
     return Plan(
         decisions=tuple(ledger.decisions),
         steps=steps,
@@ -94,6 +102,7 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
             total_seconds=tokens / rate,
             memory={**asdict(memory), "total": memory.total},
         ),
+        layout=chosen.layout,
     )
 
 
@@ -146,7 +155,7 @@ def _token_budget(
         compiled = train.compile is True or (
             train.compile == AUTO and rules.choose_compile(machine, eager_seconds=seconds)[0] is True
         )
-        rate = predict_tokens_per_second(model, machine, dtype=dtype, compiled=compiled)
+        rate = machine.ranks * predict_tokens_per_second(model, machine, dtype=dtype, compiled=compiled)
         return _Budget(max(1, round(seconds * rate)), f"{train.time} at a predicted {rate:,.0f} tokens/s")
     if train.tokens in (None, AUTO):
         tokens, reason = rules.choose_tokens(model, data)
@@ -154,7 +163,7 @@ def _token_budget(
     return _Budget(int(train.tokens), f"{train.tokens} tokens")
 
 
-def _rows(batch_tokens: int, data: DataFacts) -> int:
+def _rows(batch_tokens: int, data: DataFacts, ranks: int) -> int:
     rows, rest = divmod(batch_tokens, data.sequence_length)
     if rest or rows < 1:
         below, above = rows * data.sequence_length, (rows + 1) * data.sequence_length
@@ -162,6 +171,13 @@ def _rows(batch_tokens: int, data: DataFacts) -> int:
             f"train.batch_tokens {batch_tokens} is not a whole number of rows of data.sequence_length"
             f" {data.sequence_length}",
             hint=f"use {above}" if rows < 1 else f"use {below} or {above}",
+        )
+    if rows % ranks:
+        lower = rows // ranks * ranks
+        sizes = [size * data.sequence_length for size in (lower, lower + ranks) if size]
+        raise ConfigError(
+            f"train.batch_tokens {batch_tokens} is {rows} rows, which {ranks} processes cannot share equally",
+            hint=f"use train.batch_tokens={' or '.join(map(str, sizes))}, or {_nearest_divisor(rows, ranks)} processes",
         )
     return rows
 

@@ -71,15 +71,17 @@ def _compute(model: ModelFacts, tokens: int) -> float:
     return max(model.flops_per_token * tokens, 1e9)
 
 
-def choose_batch_tokens(model: ModelFacts, data: DataFacts, tokens: int) -> Choice:
+def choose_batch_tokens(model: ModelFacts, data: DataFacts, tokens: int, *, ranks: int = 1) -> Choice:
     """B = 0.292 C^0.327 tokens for C training FLOPs, in whole rows, and at least 200 steps in the run."""
     law = 0.2920 * _compute(model, tokens) ** 0.3271
     rows = max(1, round(min(law, tokens / MIN_STEPS) / data.sequence_length))
     rows = min(_round_to_even_split(rows), max(1, data.train_rows))
+    rows = max(1, round(rows / ranks)) * ranks
     reason = f"0.292 C^0.327 = {law:,.0f} tokens (arXiv 2401.02954)"
     if law > tokens / MIN_STEPS:
         reason += f", cut so that the run has {MIN_STEPS} steps"
-    return rows * data.sequence_length, f"{reason}; {rows} rows of {data.sequence_length}"
+    shared = f", {rows // ranks} for each of {ranks} processes" if ranks > 1 else ""
+    return rows * data.sequence_length, f"{reason}; {rows} rows of {data.sequence_length}{shared}"
 
 
 def _round_to_even_split(rows: int) -> int:

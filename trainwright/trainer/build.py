@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from trainwright.base.errors import ConfigError
 from trainwright.base.units import Duration
 from trainwright.checkpoint import Checkpointer
+from trainwright.comm import Ranks
 from trainwright.config import Recipe
 from trainwright.data import Loader, load_tokenizer
-from trainwright.engine import Engine, Precision, compile_blocks, precision
+from trainwright.engine import (
+    Engine,
+    Precision,
+    compile_blocks,
+    keep_residual_fp32,
+    learning_rate_multiplier,
+    optimizer_options,
+    precision,
+    scaler_options,
+    wire_type,
+)
+from trainwright.memory import ActivationOffload, apply_recompute
 from trainwright.models import Decoder, build_model, load_pretrained
-from trainwright.optim import EMA, OptimizerOptions, Rule, SpikeGuard, SpikeOptions, build_optimizer, build_schedule
+from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
+from trainwright.optim.loss_scale import LossScaler
+from trainwright.parallel import DataParallel, ZeroOptions, apply_zero
 from trainwright.planner import Plan
 from trainwright.tasks import CausalLM
 from trainwright.trainer.cadence import Cadence
@@ -34,32 +46,42 @@ def build(
     entered: Entered,
     callbacks: Sequence[Callback],
     stack: contextlib.ExitStack,
+    ranks: Ranks,
 ) -> Run:
-    """Everything a run holds, entered into `stack` where it needs closing."""
+    """Everything a run holds on this rank, entered into `stack` where it needs closing."""
     recipe, plan = settled.loaded.recipe, settled.plan
     assert settled.dataset is not None, "a dry run is not built"
     _set_determinism(recipe, settled.device)
     policy = precision(recipe.precision.name)
     model = _build_model(settled, policy)
+    apply_recompute(model, _recompute(recipe), offload=_activation_offload(recipe, settled.device))
     if recipe.train.compile:
         compile_blocks(model)
-    optimizer = build_optimizer(model.named_parameters(), _optimizer_options(recipe))
+    data_parallel = _divide(model, recipe, plan, policy, ranks)
+    stack.callback(data_parallel.close)
+    optimizer = build_optimizer(model.named_parameters(), optimizer_options(recipe.optim, recipe.precision))
     ema = EMA(model.named_parameters(), decay=recipe.train.ema.decay) if recipe.train.ema is not None else None
     engine = Engine(
         model,
         optimizer,
-        multiplier=_multiplier(recipe, plan),
+        multiplier=learning_rate_multiplier(recipe.optim.schedule, plan.steps, plan.tokens / plan.steps),
         precision=policy,
+        data_parallel=data_parallel,
+        accumulation=plan.accumulation,
         clip_norm=recipe.optim.clip_norm,
         ema=ema,
+        scaler=LossScaler(scaler_options(recipe.precision)) if policy.scales_loss else None,
     )
-    loader = stack.enter_context(Loader(settled.dataset, plan.batch_rows, seed=recipe.train.seed))
+    loader = stack.enter_context(
+        Loader(settled.dataset, plan.batch_rows, seed=recipe.train.seed, rank=ranks.rank, world=ranks.world)
+    )
     checkpointer = stack.enter_context(
         Checkpointer(
             entered.folder.checkpoints,
             keep=recipe.checkpoint.keep,
             asynchronous=recipe.checkpoint.asynchronous,
             lock=entered.lock,
+            ranks=ranks,
         )
     )
     tokens_per_epoch = settled.dataset.facts("train").trained_tokens
@@ -71,6 +93,7 @@ def build(
         loaded=settled.loaded,
         plan=plan,
         folder=entered.folder,
+        ranks=ranks,
         device=settled.device,
         dataset=settled.dataset,
         tokenizer=load_tokenizer(settled.dataset.tokenizer_folder),
@@ -109,31 +132,28 @@ def _build_model(settled: Settled, policy: Precision) -> Decoder:
     return model.train()
 
 
-def _optimizer_options(recipe: Recipe) -> OptimizerOptions:
-    values: dict[str, Any] = dict(recipe.optim)
-    for key in ("schedule", "clip_norm"):
-        del values[key]
-    rules = tuple(Rule(**dict(rule)) for rule in values.pop("rules"))
-    return OptimizerOptions(**values, rules=rules)
-
-
-def _multiplier(recipe: Recipe, plan: Plan) -> Callable[[int], float]:
-    options: dict[str, Any] = dict(recipe.optim.schedule)
-    name, warmup = options.pop("name"), options.pop("warmup")
-    return build_schedule(name, plan.steps, warmup_steps=_steps(warmup, plan), **options)
-
-
-def _steps(warmup: Duration | float, plan: Plan) -> int:
-    """A warm-up in steps; given as steps, tokens or a fraction of the run."""
-    if not isinstance(warmup, Duration):
-        return round(warmup * plan.steps)
-    if warmup.unit == "steps":
-        return int(warmup.value)
-    if warmup.unit == "tokens":
-        return math.ceil(warmup.value / (plan.tokens / plan.steps))
-    raise ConfigError(
-        f"optim.schedule.warmup is {warmup}", hint="give it in steps or tokens, or as a fraction of the run (0.05)"
+def _divide(model: Decoder, recipe: Recipe, plan: Plan, policy: Precision, ranks: Ranks) -> DataParallel:
+    """The model under the plan's layout; its weights are equal on all ranks because they are a function of the seed."""
+    if plan.layout.is_sharded and policy.gather_dtype is not None:
+        keep_residual_fp32(model)
+    options = ZeroOptions(
+        wire=wire_type(recipe.comm.wire, policy),
+        compute=policy.gather_dtype,
+        keep_fp32=recipe.precision.keep_fp32,
+        prefetch=recipe.parallel.prefetch,
     )
+    return apply_zero(model, plan.layout, ranks, options)
+
+
+def _recompute(recipe: Recipe) -> str | dict[str, int]:
+    policy = recipe.memory.recompute
+    if isinstance(policy, str):
+        return "none" if policy == "auto" else policy
+    return {"every": policy.every}
+
+
+def _activation_offload(recipe: Recipe, device: torch.device) -> ActivationOffload | None:
+    return ActivationOffload.for_device(device) if recipe.memory.offload_activations else None
 
 
 def _spike_options(recipe: Recipe) -> SpikeOptions:

@@ -36,7 +36,8 @@ class Evaluation:
 def evaluate(engine: Engine, task: Task, batches: Iterable[Mapping[str, Tensor]]) -> Evaluation:
     """Mean loss over all trained tokens of `batches`, with the moving average of the weights where there is one.
 
-    Sums are kept in float64, so the result does not depend on how rows are grouped beyond the forward pass itself.
+    Every rank calls it with its share of the batches; all get the same result. Sums are kept in float64, so it does not
+    depend on how rows are grouped beyond the forward pass itself.
     """
     model = engine.model
     loss_sum, count = 0.0, 0
@@ -50,4 +51,6 @@ def evaluate(engine: Engine, task: Task, batches: Iterable[Mapping[str, Tensor]]
                 count += int(output.count)
     finally:
         model.train(was_training)
+    sums = engine.ranks.sum_(torch.tensor([loss_sum, count], dtype=torch.float64))
+    loss_sum, count = float(sums[0]), int(sums[1])
     return Evaluation(loss=loss_sum / count if count else math.nan, tokens=count)

@@ -8,8 +8,9 @@ from pathlib import Path
 from trainwright.base.errors import CheckpointError, ConfigError
 from trainwright.checkpoint import latest, list_checkpoints
 from trainwright.data import Tokenizer, load_tokenizer
-from trainwright.inference.checkpoints import load_checkpointed_model
-from trainwright.models import Decoder, save_pretrained
+from trainwright.engine import readable_weights
+from trainwright.inference.export_checkpoint import export_checkpoint
+from trainwright.models.exporting import save_weights
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import RunFolder
 
@@ -18,9 +19,15 @@ __all__ = ["export_model", "export_run"]
 
 def export_model(run: Run) -> Path:
     """Write `model/` of a run that has ended: averaged weights where there are any, else the last ones."""
-    with run.engine.averaged():
-        _write(run.engine.model, run.tokenizer, run.folder.model)
-    return run.folder.model
+    folder = run.folder.model
+    with run.engine.averaged(), readable_weights(run.engine) as source:
+        if source is not None:
+            # The tokenizer first: a folder with config.json and weights is complete.
+            folder.mkdir(parents=True, exist_ok=True)
+            run.tokenizer.save(folder)
+            save_weights(run.engine.model.config, source, folder, generation=_generation(run.tokenizer))
+    run.ranks.barrier()
+    return folder
 
 
 def export_run(run_folder: str | Path, destination: str | Path, *, step: int | None = None) -> Path:
@@ -42,8 +49,9 @@ def export_run(run_folder: str | Path, destination: str | Path, *, step: int | N
         raise ConfigError(f"{destination} is not empty", hint="name a new folder; nothing is overwritten")
     if step is None and (folder.model / "config.json").exists():
         return Path(shutil.copytree(folder.model, destination, dirs_exist_ok=True))
-    _write(load_checkpointed_model(_checkpoint(folder, step)), load_tokenizer(folder.tokenizer), destination)
-    return destination
+    tokenizer = load_tokenizer(folder.tokenizer)
+    checkpoint = _checkpoint(folder, step)
+    return export_checkpoint(checkpoint, destination, generation=_generation(tokenizer), add=tokenizer.save)
 
 
 def _checkpoint(folder: RunFolder, step: int | None) -> Path:
@@ -59,10 +67,5 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
     )
 
 
-def _write(model: Decoder, tokenizer: Tokenizer, destination: Path) -> None:
-    # The tokenizer first: a folder with config.json and weights is complete.
-    destination.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(destination)
-    save_pretrained(
-        model, destination, generation={"eos_token_id": tokenizer.eos_id} if tokenizer.eos_id is not None else None
-    )
+def _generation(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"eos_token_id": tokenizer.eos_id} if tokenizer.eos_id is not None else {}

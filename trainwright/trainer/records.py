@@ -35,7 +35,9 @@ def file_sinks(run: Run, *, resuming: bool) -> Sequence[Sink]:
 
 
 def begin_session(run: Run, entered: Entered, settled: Settled) -> None:
-    """Write down what is about to run, before the first step."""
+    """Write down what is about to run, before the first step; rank 0 does."""
+    if not run.ranks.is_first:
+        return
     folder = run.folder
     folder.recipe.write_text(settled.loaded.to_yaml(), encoding="utf-8")
     write_json(folder.plan, settled.plan.to_dict())
@@ -49,6 +51,7 @@ def begin_session(run: Run, entered: Entered, settled: Settled) -> None:
         status="running",
         given=entered.given,
         seed=run.recipe.train.seed,
+        ranks=run.ranks.world,
         dataset=run.dataset.fingerprint,
         model=run.model_fields,
         parameters=run.plan.parameters,
@@ -70,7 +73,9 @@ def begin_session(run: Run, entered: Entered, settled: Settled) -> None:
 
 
 def end_session(run: Run, status: str, *, error: str | None = None) -> None:
-    """Write down how this process's part of the run ended."""
+    """Write down how this process's part of the run ended; rank 0 does."""
+    if not run.ranks.is_first:
+        return
     state = run.state
     result = {
         "steps": state.step,

@@ -10,14 +10,32 @@ from typing import Any
 from trainwright.base.errors import CheckpointError, ConfigError
 from trainwright.base.events import emit
 from trainwright.checkpoint import RunLock
+from trainwright.comm import ALONE, Ranks
 from trainwright.config import LoadedRecipe, load_recipe
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import RunFolder, find_run
+from trainwright.trainer.together import first_decides
 
 __all__ = ["Entered", "enter_folder", "restore"]
 
-FREE_TO_CHANGE = ("checkpoint.", "monitor.", "run.", "data.cache", "data.workers", "train.threads")
-"""Keys that a resumed run may set anew: none decides what is computed (`train.threads` may change the last bits)."""
+FREE_TO_CHANGE = (
+    "checkpoint.",
+    "monitor.",
+    "run.",
+    "data.cache",
+    "data.workers",
+    "train.threads",
+    "train.micro_batch",
+    "parallel.",
+    "memory.",
+    "comm.",
+    "launch.",
+)
+"""Keys that a resumed run may set anew: none decides which rows are trained in which step, or what is computed (how it
+is divided over threads, micro-batches and ranks may change the last bits)."""
+
+SETTLED_ANEW = ("train.threads", "train.micro_batch", "parallel.")
+"""Those of them that the planner decided and decides again where the number of ranks has changed."""
 
 
 @dataclass(frozen=True)
@@ -26,30 +44,38 @@ class Entered:
 
     Attributes:
         folder: the folder, locked for this process.
-        lock: the lock itself.
+        lock: the lock itself; None on ranks other than 0, which holds it for all.
         loaded: the recipe to settle: the given one, or the folder's resolved one with the changes that are allowed.
         given: the values that somebody set, by dotted key, for the next resume to compare with.
         resuming: whether there is something to continue.
     """
 
     folder: RunFolder
-    lock: RunLock
+    lock: RunLock | None
     loaded: LoadedRecipe
     given: dict[str, Any]
     resuming: bool
 
 
-def enter_folder(loaded: LoadedRecipe, resume: str, stack: contextlib.ExitStack) -> Entered:
-    """Find or make the run's folder and lock it.
+def enter_folder(loaded: LoadedRecipe, resume: str, stack: contextlib.ExitStack, ranks: Ranks = ALONE) -> Entered:
+    """Find or make the run's folder and lock it; rank 0 does, for all ranks.
 
     Raises:
         RunInUseError: another process holds it.
         ConfigError: a resume with values that change what is computed, or of a run that has finished.
     """
     run = loaded.recipe.run
-    folder, resuming = find_run(Path(run.dir), run.name or _name_of(loaded), resume=resume)
-    lock = RunLock(folder.path)
-    stack.callback(lock.release)
+    lock: RunLock | None = None
+
+    def find() -> dict[str, Any]:
+        nonlocal lock
+        folder, resuming = find_run(Path(run.dir), run.name or _name_of(loaded), resume=resume)
+        lock = RunLock(folder.path)
+        stack.callback(lock.release)
+        return {"folder": str(folder.path), "resuming": resuming, "info": folder.read_info() if resuming else {}}
+
+    found = first_decides(ranks, find)
+    folder, resuming, info = RunFolder(Path(found["folder"])), bool(found["resuming"]), dict(found["info"])
     given = {
         key: loaded.values()[key]
         for key, origin in loaded.provenance.items()
@@ -57,7 +83,6 @@ def enter_folder(loaded: LoadedRecipe, resume: str, stack: contextlib.ExitStack)
     }
     if not resuming:
         return Entered(folder, lock, loaded, given, resuming=False)
-    info = folder.read_info()
     if info.get("status") == "finished":
         raise ConfigError(
             f"{folder.path} has finished; there is nothing to resume",
@@ -67,6 +92,9 @@ def enter_folder(loaded: LoadedRecipe, resume: str, stack: contextlib.ExitStack)
     resolved = load_recipe(folder.recipe).values()
     _refuse_changes(before, loaded.values(), resolved, given, folder)
     changes = [f"{key}={_yaml(value)}" for key, value in given.items() if _may_change(key) and before.get(key) != value]
+    if info.get("ranks", 1) != ranks.world:
+        decided = [key for key in resolved if key.startswith(SETTLED_ANEW) and key not in before | given]
+        changes += [f"{key}=auto" for key in decided if key != "parallel.prefetch"]
     return Entered(folder, lock, load_recipe(folder.recipe, changes), before | given, resuming=True)
 
 
@@ -112,7 +140,7 @@ def restore(run: Run) -> None:
         DataError: the dataset is not the one the run was trained on.
         CheckpointError: no checkpoint is whole, or its tensors are not this model's.
     """
-    found = run.checkpointer.load_latest(like=None)
+    found = run.checkpointer.load_latest(like=run.state_dict() if run.ranks.world > 1 else None)
     if found is None:
         emit("warning", message=f"no checkpoint in {run.folder.checkpoints} yet: starting from the first step")
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +17,11 @@ from trainwright.base.errors import CheckpointError
 from trainwright.base.events import emit
 from trainwright.base.protocols import StateDict
 from trainwright.checkpoint import Checkpointer
+from trainwright.comm import Ranks
 from trainwright.config import LoadedRecipe, Recipe
 from trainwright.data import Loader, TokenDataset, Tokenizer, evaluation_batches, evaluation_rows, fit_and_score
 from trainwright.engine import Engine
+from trainwright.launch import Heartbeat
 from trainwright.models.fields import config_fields
 from trainwright.monitor import ThroughputMeter
 from trainwright.optim import SpikeGuard
@@ -28,6 +32,7 @@ from trainwright.trainer.callbacks import Callback
 from trainwright.trainer.evaluation import Evaluation
 from trainwright.trainer.run_folder import RunFolder
 from trainwright.trainer.state import TrainState
+from trainwright.trainer.together import first_decides
 
 __all__ = ["Run"]
 
@@ -43,6 +48,7 @@ class Run:
     loaded: LoadedRecipe
     plan: Plan
     folder: RunFolder
+    ranks: Ranks
     device: torch.device
     dataset: TokenDataset
     tokenizer: Tokenizer
@@ -60,6 +66,7 @@ class Run:
     baselines: dict[str, float] = field(default_factory=dict)
     stop_reason: str | None = None
     diverged: str | None = None
+    heartbeat: Heartbeat | None = None
     meter: ThroughputMeter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +85,7 @@ class Run:
         """Count the baselines, allocate and start what runs beside the loop; called once, after a restore."""
         if self.validation_rows:
             rows = evaluation_rows(self.dataset, limit_rows=self.validation_rows)
-            self.baselines = fit_and_score(self.dataset, rows=rows).to_dict()
+            self.baselines = first_decides(self.ranks, lambda: fit_and_score(self.dataset, rows=rows).to_dict())
         self.checkpointer.prepare(self.state_dict())
         for callback in self.callbacks:
             callback.on_run_start(self)
@@ -106,8 +113,30 @@ class Run:
         """The evaluation's batches, in the shape that training compiled for; None where there is no validation."""
         if not self.validation_rows:
             return None
-        batches = evaluation_batches(self.dataset, self.plan.micro_rows, limit_rows=self.validation_rows)
-        return ({key: value.to(self.device) for key, value in batch.items()} for batch in batches)
+        ranks = self.ranks
+        batches = evaluation_batches(
+            self.dataset,
+            self.plan.micro_rows * ranks.world,
+            rank=ranks.rank,
+            world=ranks.world,
+            limit_rows=self.validation_rows,
+        )
+        return (self._evaluated(batch) for batch in batches)
+
+    def _evaluated(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.beat("evaluate")
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    # --- signs of life ---
+
+    def beat(self, phase: str) -> None:
+        """Say that this rank is alive and enters `phase`; whoever watches the ranks notices when it stays away."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat(self.state.step, phase)
+
+    def without_beats(self, phase: str) -> AbstractContextManager[None]:
+        """Around long work that has no beats."""
+        return contextlib.nullcontext() if self.heartbeat is None else self.heartbeat.paused(phase)
 
     # --- guard ---
 
@@ -159,6 +188,7 @@ class Run:
             "tokens": self.state.tokens,
             "validation_loss": self.last_evaluation.loss if self.last_evaluation else None,
         }
+        self.beat("save")
         self.checkpointer.save(self.state.step, self.state_dict(), meta, required=final)
 
     # --- end ---

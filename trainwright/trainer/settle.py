@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from trainwright.base.device import device_facts, measure_matmul_peak
 from trainwright.base.events import emit
 from trainwright.base.text import human_bytes
+from trainwright.comm import ALONE, Ranks
 from trainwright.config import LoadedRecipe
 from trainwright.data import BuildProgress, BuildSpec, TokenDataset, build_spec, prepare_dataset
 from trainwright.models import ModelConfig, count_flops, count_parameters
@@ -18,6 +19,7 @@ from trainwright.ops.cpu_runtime import tune_cpu_runtime
 from trainwright.planner import DataFacts, Decision, MachineFacts, ModelFacts, Plan, resolve
 from trainwright.trainer.estimate import estimate_data
 from trainwright.trainer.model_section import model_source
+from trainwright.trainer.together import first_decides
 
 __all__ = ["Settled", "machine_facts", "settle"]
 
@@ -46,23 +48,24 @@ class Settled:
     device: torch.device
 
 
-def settle(loaded: LoadedRecipe, *, build_data: bool = True) -> Settled:
-    """Resolve a recipe against this machine and its data.
+def settle(loaded: LoadedRecipe, *, build_data: bool = True, ranks: Ranks = ALONE) -> Settled:
+    """Resolve a recipe against this machine and its data; the same on every rank.
 
     Args:
         loaded: the recipe as written.
         build_data: tokenize and pack what is not in the cache yet. False estimates from file sizes instead.
+        ranks: the processes that train together; rank 0 measures for all.
     """
     recipe = loaded.recipe
-    threads = device_facts().cores if recipe.train.threads == "auto" else recipe.train.threads
-    torch.set_num_threads(threads)
+    threads = max(1, device_facts().cores // ranks.local_world)
+    torch.set_num_threads(threads if recipe.train.threads == "auto" else recipe.train.threads)
     if device_facts().kind == "cpu":
         tune_cpu_runtime()
     source = model_source(recipe.model)
     spec = build_spec(recipe.data, model_tokenizer=source.tokenizer)
-    dataset, data = _data(spec, loaded, build_data)
+    dataset, data = ranks.first_then_others(lambda: _data(spec, loaded, build_data))
     model_config = source.config_for(data.vocab_size, data.sequence_length)
-    machine = machine_facts()
+    machine = MachineFacts(**first_decides(ranks, lambda: asdict(machine_facts(ranks))))
     plan = resolve(recipe, machine, data, _model_facts(model_config, data.sequence_length))
     earlier = source.decisions(model_config, data.vocab_size)
     if recipe.model.attention == "auto":
@@ -76,7 +79,7 @@ def settle(loaded: LoadedRecipe, *, build_data: bool = True) -> Settled:
         model_config=model_config,
         pretrained=source.pretrained,
         dataset=dataset,
-        device=torch.device(machine.kind),
+        device=ranks.device if ranks.world > 1 else torch.device(machine.kind),
     )
 
 
@@ -98,8 +101,8 @@ class _BuildNotices:
         )
 
 
-def machine_facts() -> MachineFacts:
-    """The machine, with its matrix-product rates measured now (about one second)."""
+def machine_facts(ranks: Ranks = ALONE) -> MachineFacts:
+    """What one rank has of the machine, with its matrix-product rates measured now (about one second)."""
     facts = device_facts()
     peak = {"fp32": measure_matmul_peak(facts.kind, torch.float32, seconds=PEAK_SECONDS)}
     if facts.bf16:
@@ -107,11 +110,12 @@ def machine_facts() -> MachineFacts:
     return MachineFacts(
         kind=facts.kind,
         name=facts.name,
-        cores=facts.cores,
-        memory_bytes=facts.memory_bytes,
+        cores=max(1, facts.cores // ranks.local_world),
+        memory_bytes=facts.memory_bytes // (ranks.local_world if facts.kind == "cpu" else 1),
         bf16=facts.bf16,
         compiler=facts.compiler,
         peak=peak,
+        ranks=ranks.world,
     )
 
 

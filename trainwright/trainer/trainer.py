@@ -28,6 +28,7 @@ from trainwright.trainer.build import build
 from trainwright.trainer.callbacks import Callback
 from trainwright.trainer.evaluation import Evaluation, evaluate
 from trainwright.trainer.export import export_model
+from trainwright.trainer.ranks import agree_on_due, join_ranks
 from trainwright.trainer.records import begin_session, console_sink, end_session, file_sinks
 from trainwright.trainer.resume import enter_folder, restore
 from trainwright.trainer.run import Run
@@ -86,14 +87,18 @@ class Trainer:
             TrainwrightError: of the kinds that `trainwright.base.errors` lists, for input that cannot be used.
         """
         with contextlib.ExitStack() as stack:
-            entered = enter_folder(self.loaded, self.resume, stack)
+            heartbeat, ranks = join_ranks(self.loaded.recipe, stack)
+            entered = enter_folder(self.loaded, self.resume, stack, ranks)
             recipe = entered.loaded.recipe
-            stack.enter_context(Monitor([console_sink(recipe.monitor, device_facts().memory_bytes)]))
-            settled = settle(entered.loaded)
-            run = build(settled, entered, self.callbacks, stack)
+            if ranks.is_first:  # events of the others reach nobody: what they have to say is the same
+                stack.enter_context(Monitor([console_sink(recipe.monitor, device_facts().memory_bytes)]))
+            settled = settle(entered.loaded, ranks=ranks)
+            run = build(settled, entered, self.callbacks, stack, ranks)
+            run.heartbeat = heartbeat
             if entered.resuming:
                 restore(run)
-            stack.enter_context(Monitor(file_sinks(run, resuming=entered.resuming)))
+            if ranks.is_first:
+                stack.enter_context(Monitor(file_sinks(run, resuming=entered.resuming)))
             begin_session(run, entered, settled)
             return self._guarded(run)
 
@@ -120,6 +125,7 @@ class Trainer:
         state, plan = run.state, run.plan
         run.start()
         while state.step < plan.steps and run.stop_reason is None:
+            run.beat("step")
             began = time.perf_counter()
             batch, waited = run.next_batch()
             report = self._step(run, batch)
@@ -134,32 +140,36 @@ class Trainer:
                 self._report(run, report, seconds)
             for callback in run.callbacks:
                 callback.on_step_end(run, report)
-            if run.evaluation_cadence.due(**moment):
+            due = agree_on_due(run, stop, moment)
+            if due.evaluate:
                 self.evaluate(run)
             if run.diverged is not None:
                 run.save(final=True)
                 raise DivergedError(run.diverged, hint="lower optim.lr, raise the warm-up, or set train.on_spike=skip")
-            if stop.requested is not None:
+            if due.stop:
                 run.save(final=True)
+                by = stop.requested or "a request to another rank"
                 raise Interrupted(
-                    f"stopped by {stop.requested} after step {state.step} of {plan.steps}; everything is saved",
+                    f"stopped by {by} after step {state.step} of {plan.steps}; everything is saved",
                     hint="go on with: trainwright train RECIPE --resume auto",
                 )
-            if run.save_cadence.due(**moment) and state.step < plan.steps:
+            if due.save and state.step < plan.steps:
                 run.save()
 
     def _step(self, run: Run, batch: Mapping[str, torch.Tensor]) -> StepReport:
         """Forward and backward over the micro-batches of one batch, then one optimizer step."""
-        torch.manual_seed(derive_seed(run.recipe.train.seed, "step", run.state.step))
+        torch.manual_seed(derive_seed(run.recipe.train.seed, "step", run.state.step, run.ranks.rank))
         engine, rows = run.engine, run.plan.micro_rows
-        for first in range(0, run.plan.batch_rows, rows):
+        for first in range(0, run.plan.rank_rows, rows):
             micro_batch = {key: value[first : first + rows].to(run.device) for key, value in batch.items()}
             with engine.autocast():
                 output = run.task.loss(engine.model, micro_batch)
             engine.backward(output)
         if fault_point("step.after_backward", step=run.state.step) == "nan":
             engine.poison()
-        return engine.step(run.guard)
+        report = engine.step(run.guard)
+        assert report is not None, "the last micro-batch of a batch ends its step"
+        return report
 
     def _report(self, run: Run, report: StepReport, seconds: float) -> None:
         state, plan, meter = run.state, run.plan, run.meter
@@ -210,9 +220,10 @@ class Trainer:
         result = self.evaluate(run)
         if run.recipe.checkpoint.save_final:
             run.save(final=True)
-        for callback in run.callbacks:
-            callback.on_run_end(run)
-        export_model(run)
+        with run.without_beats("export"):
+            for callback in run.callbacks:
+                callback.on_run_end(run)
+            export_model(run)
         state = run.state
         return RunResult(run.folder.path, state.step, state.tokens, result.loss if result else None, state.seconds)
 

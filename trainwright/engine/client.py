@@ -1,0 +1,135 @@
+"""A client's own torch optimizer and learning-rate scheduler, as the engine uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trainwright.base.errors import CheckpointError, ConfigError
+from trainwright.base.protocols import StateDict
+
+__all__ = ["ClientOptimizer", "names_of", "point_at"]
+
+
+def names_of(model: nn.Module) -> dict[Tensor, str]:
+    """The name of every parameter; a tied one has its first."""
+    names: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, name)
+    return names
+
+
+def point_at(optimizer: torch.optim.Optimizer, before: Mapping[Tensor, str], model: nn.Module) -> None:
+    """Let an optimizer that was made over the parameters `before` a model was divided train those it has now.
+
+    Raises:
+        ConfigError: it holds parameters that are not the model's, or state from steps that it took already.
+    """
+    if optimizer.state:
+        raise ConfigError(
+            "the optimizer has taken steps already, and its state cannot be divided afterwards",
+            hint="pass a fresh one, or a callable that makes it: optimizer=lambda parameters: AdamW(parameters)",
+        )
+    now = dict(model.named_parameters(remove_duplicate=False))
+    for group in optimizer.param_groups:
+        strange = [p for p in group["params"] if p not in before]
+        if strange:
+            raise ConfigError(
+                f"the optimizer holds {len(strange)} parameters that are not the model's"
+                f" (the first has shape {list(strange[0].shape)})",
+                hint="make it over model.parameters() of the model that you pass",
+            )
+        group["params"] = [now[before[p]] for p in group["params"]]
+
+
+class ClientOptimizer:
+    """Any `torch.optim.Optimizer` with the engine's gradient factor, and state by parameter name.
+
+    Its learning rates are its own: the engine does not set them.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self.optimizer = optimizer
+        self._names = names_of(model)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def step(self, closure: None = None, *, gradient_factor: float | Tensor | None = None) -> Any:
+        """Multiply the gradients and step."""
+        if gradient_factor is not None:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            _local(parameter.grad).mul_(gradient_factor)
+        return self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def set_lr(self, multiplier: float) -> None:
+        """Nothing: the client's scheduler, if there is one, sets the rates."""
+
+    def materialise_state(self) -> None:
+        """Make the state that the first step would make, so that a saved one has something to be loaded into.
+
+        A step with zero gradients and zero rates; what it counts is replaced by the load that follows.
+        """
+        if self.optimizer.state:
+            return
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> StateDict:
+        """`{"parameters": {name: state}, "groups": [options]}`; tensors are not copied."""
+        state = self.optimizer.state_dict()
+        order = [p for group in self.param_groups for p in group["params"]]
+        parameters = {self._names[order[int(index)]]: dict(entries) for index, entries in state["state"].items()}
+        groups = []
+        for saved, group in zip(state["param_groups"], self.param_groups, strict=True):
+            options = {key: value for key, value in saved.items() if key != "params" and _is_plain(value)}
+            groups.append({**options, "names": [self._names[p] for p in group["params"]]})
+        return {"parameters": parameters, "groups": groups}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Inverse of `state_dict`; raises CheckpointError when the groups hold other parameters."""
+        mine = [[self._names[p] for p in group["params"]] for group in self.param_groups]
+        saved = [group["names"] for group in state["groups"]]
+        if mine != saved:
+            raise CheckpointError(
+                f"optimizer state has groups of {[len(names) for names in saved]} parameters, this optimizer of"
+                f" {[len(names) for names in mine]}, or under other names",
+                hint="make the optimizer over the same parameter groups as when it was saved",
+            )
+        current = self.optimizer.state_dict()
+        index_of = {name: index for index, name in enumerate(name for names in mine for name in names)}
+        groups = []
+        for fresh, group in zip(current["param_groups"], state["groups"], strict=True):
+            options = {key: value for key, value in group.items() if key != "names"}
+            groups.append({**fresh, **options})
+        entries = {index_of[name]: dict(values) for name, values in state["parameters"].items()}
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
