@@ -93,6 +93,8 @@ class EngineConfig(Section):
     """Optimizer steps of the run, for schedules that end with it."""
     seed: Annotated[int, Whole()] = 0
     """Seeds the order of rows and dropout."""
+    on_nan: Annotated[Literal["skip", "ignore"], Words(("skip", "ignore"))] = "skip"
+    """A step whose gradient is NaN or infinite: leave it out, or take it like any other."""
     precision: PrecisionSection = AutoPrecision()
     """Number formats of weights and matrix products: a name, or a section with the name and its options."""
     parallel: Parallel = ParallelSection()

@@ -36,7 +36,8 @@ ONCE = "gradients are summed in fp32 and divided once, so they need no scaling o
 BF16: dict[str, Entry] = {
     "enabled": Maps("precision.name", BOOL, False, "true: bf16, with fp32 weights in the optimizer"),
     "immediate_grad_update": NoEffect(GRADIENTS, BOOL, False),
-    "check_grad_overflow": NoEffect("a step whose gradients are not finite is never applied", BOOL, True),
+    "check_grad_overflow": Maps("on_nan", BOOL, True, "true: skip; false: ignore"),
+    "check_overflow": NoEffect("check_grad_overflow has taken its place", BOOL),
     "bf16_master_weights_and_grads": NotBuilt(
         "bf16 weights without a copy or compensation",
         BOOL,
@@ -82,12 +83,7 @@ NUMBERS: dict[str, Entry] = {
             "grad_accum_dtype": NoEffect(GRADIENTS, LONG_FORMATS),
             "param_dtype": Maps("precision.name", LONG_FORMATS, None, "as bf16 or fp16 says; else it is refused"),
             "buffer_dtype": NotBuilt("another format of buffers than the model has", LONG_FORMATS, (None,)),
-            "keep_in_fp32_modules": Maps(
-                "precision.keep_fp32",
-                Listed(("auto",), Name(what_it_is="a name pattern"), empty=True),
-                "auto",
-                "* is .*",
-            ),
+            "keep_in_fp32_modules": NoEffect("it is about buffers, and only parameters are cast", PATTERNS, "auto"),
         }
     ),
     "communication_data_type": Maps("comm.wire", FORMATS),
@@ -95,7 +91,7 @@ NUMBERS: dict[str, Entry] = {
     "prescale_gradients": NoEffect(ONCE, BOOL, False),
     "gradient_predivide_factor": NoEffect(ONCE, NUMBER, 1.0),
     "gradient_allreduce_op": NotBuilt(
-        "gradients that grow with the number of ranks",
+        "a sum of gradients that is not divided by the number of ranks",
         Words(("mean", "sum")),
         ("mean",),
         "Multiply the learning rate instead.",
@@ -127,7 +123,9 @@ def convert(found: Import) -> None:
         found.put("bf16.enabled", "precision.name", name, because=" (neither bf16 nor fp16 is on)")
     if source == "fp16":
         _convert_loss_scale(found)
-    _convert_kept(found)
+    if source in ("bf16", "bfloat16"):
+        check = f"{source}.check_grad_overflow"
+        found.put(check, "on_nan", "skip" if found.get(check) else "ignore")
     _check_parameters(found, name)
 
 
@@ -150,17 +148,6 @@ def _convert_loss_scale(found: Import) -> None:
             found.idle(f"fp16.{key}", f"fp16.loss_scale is {scale:g} all along")
         else:
             found.put(f"fp16.{key}", f"precision.{target}", value)
-
-
-def _convert_kept(found: Import) -> None:
-    key = "data_types.keep_in_fp32_modules"
-    kept = found.get(key)
-    if kept == "auto":
-        found.idle(key, "weights are fp32 in any case; name what computes in fp32 as a list")
-    elif not kept:
-        found.idle(key, "an empty list names nothing")
-    else:
-        found.put(key, "precision.keep_fp32", [pattern.replace("*", ".*") for pattern in kept])
 
 
 def _check_parameters(found: Import, name: str) -> None:

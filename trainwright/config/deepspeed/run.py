@@ -27,7 +27,7 @@ QUIET = "the engine prints and logs nothing by itself; trainwright.monitor does"
 PROFILER = "there is no profiler in the engine; torch.profiler sees all of its work"
 BY_MODEL = "it is for calls of deepspeed.checkpointing in the model's own code"
 COMMIT = "each rank writes its own part, and one commit makes the checkpoint valid"
-WRITER = "checkpoints are written by Trainwright's own writer, in the background"
+WRITER = "checkpoints are written by Trainwright's own writer"
 COMPILE = "Compile the blocks with compile_blocks(model)."
 NO_PIPELINE = "it is for pipeline modules"
 
@@ -58,11 +58,11 @@ RUN: dict[str, Entry] = {
         "engine.set_gradient_accumulation_boundary() says where the boundary is.",
     ),
     "gradient_clipping": Maps("optim.clip_norm", Real(minimum=0), 1.0, "0: null, which does not clip"),
-    "zero_allow_untested_optimizer": NoEffect("every optimizer that works on its own elements is allowed", BOOL, False),
-    "zero_force_ds_cpu_optimizer": NoEffect("an offloaded optimizer may be the caller's", BOOL, True),
+    "zero_allow_untested_optimizer": NoEffect("no list of tested optimizers is kept", BOOL, False),
+    "zero_force_ds_cpu_optimizer": NoEffect("one implementation of an optimizer serves device and host", BOOL, True),
     "disable_allgather": NoEffect("parameters are gathered with all-gather", BOOL, False),
     "disable_python_gc": NoEffect("Python's garbage collector is left alone", BOOL, False),
-    "dataloader_drop_last": NoEffect("every step has all of its rows", BOOL, False),
+    "dataloader_drop_last": NoEffect("rows that do not fill a micro-batch on every rank are left out", BOOL, False),
     "vocabulary_size": NoEffect("DeepSpeed only warns by it", COUNT),
     "activation_checkpointing": Block(
         {

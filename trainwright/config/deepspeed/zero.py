@@ -27,7 +27,7 @@ BLOCKS = "parameters travel block by block, as the model is built, and not in bu
 BUCKETS = "gradients travel block by block, as the model is built, and not in buckets of elements"
 PLACES = Words(("none", "cpu", "nvme"))
 FILES = "files of optimizer state are memory-mapped and prefetched: they need no buffers of their own"
-PINNED = "host memory is page-locked wherever the device copies from it"
+PINNED = "whether host memory is page-locked follows from the device"
 COLLECTIVE = "gradients always travel to the rank that owns them, and are summed there in fp32"
 
 OFFLOAD_OPTIMIZER: dict[str, Entry] = {
@@ -36,9 +36,9 @@ OFFLOAD_OPTIMIZER: dict[str, Entry] = {
     "pin_memory": NoEffect(PINNED, BOOL, True),
     "buffer_count": NoEffect(FILES, COUNT, 4),
     "fast_init": NoEffect("optimizer state is created where it will live", BOOL, False),
-    "pipeline_read": NoEffect("reading ahead is always on", BOOL, False),
-    "pipeline_write": NoEffect("writing behind is always on", BOOL, False),
-    "pipeline": NoEffect("reading ahead and writing behind are always on", BOOL, False),
+    "pipeline_read": NoEffect(FILES, BOOL, False),
+    "pipeline_write": NoEffect(FILES, BOOL, False),
+    "pipeline": NoEffect(FILES, BOOL, False),
     "ratio": NotBuilt("Twin-Flow (a part of the optimizer state offloaded)", NUMBER, (1.0,), "Offload all of it: 1.0."),
     "super_offload": NotBuilt("SuperOffload", BOOL, (False,), "The offloaded step overlaps without it."),
     "cpuadam_cores_perc": NoEffect("it belongs to super_offload", NUMBER, 0.8),
@@ -88,7 +88,7 @@ ZERO: dict[str, Entry] = {
     "zenflow": Block(
         {key: NoEffect("", ANY) for key in ZENFLOW}, "", "ZenFlow", "offload_optimizer.device: cpu offloads without it."
     ),
-    "sub_group_size": NoEffect("the optimizer steps over groups of blocks, not of elements", COUNT, 1e9),
+    "sub_group_size": NoEffect("the optimizer's step is not cut into groups of elements", COUNT, 1e9),
     "cpu_offload": Maps("memory.optimizer_state", BOOL, False, "old form of offload_optimizer.device: cpu"),
     "cpu_offload_params": Maps("memory.parameters", BOOL, False, "old form of offload_param.device: cpu"),
     "cpu_offload_param": Maps("memory.parameters", BOOL, False, "old form of offload_param.device: cpu"),
@@ -99,7 +99,7 @@ ZERO: dict[str, Entry] = {
     "ignore_unused_parameters": NoEffect("parameters without gradient are allowed at every stage", BOOL, True),
     "legacy_stage1": NoEffect("there is one stage 1", BOOL, False),
     "round_robin_gradients": NoEffect("each rank owns a part of every parameter, so the work is even", BOOL, False),
-    "parameter_alignment": NoEffect("shards are aligned in any case", BOOL, False),
+    "parameter_alignment": NoEffect("FSDP2 lays out the shards", BOOL, False),
     "zero_hpz_partition_size": Maps("parallel.shard", POSITIVE, 1, "hybrid: shard in groups of ranks; 1 is all"),
     "mics_shard_size": Maps("parallel.shard", WHOLE, -1, "hybrid: shard in groups of ranks; -1 is all"),
     "mics_hierarchical_params_gather": NoEffect("the backend chooses the path of a gather", BOOL, False),
@@ -117,7 +117,7 @@ ZERO: dict[str, Entry] = {
     "pipeline_loading_checkpoint": NoEffect("checkpoints are read in parallel by all ranks", BOOL, False),
     "override_module_apply": NoEffect("modules are not changed while they are built", BOOL, True),
     "log_trace_cache_warnings": NoEffect("no trace of module calls is recorded", BOOL, False),
-    "enable_sanity_checks": NoEffect("ranks check that they agree in any case", BOOL, False),
+    "enable_sanity_checks": NoEffect("they check DeepSpeed's own bookkeeping", BOOL, False),
     "leaf_module": Block(
         {
             "classes": NoEffect(BLOCKS, ANY),
@@ -126,7 +126,7 @@ ZERO: dict[str, Entry] = {
         }
     ),
     "save_muon_momentum_buffer_in_memory": NoEffect("memory.optimizer_state says where momentum lives", BOOL, False),
-    "compute_grad_norm": NoEffect("the gradient norm is taken where clipping or the caller needs it", BOOL, True),
+    "compute_grad_norm": NoEffect("the gradient norm is always taken", BOOL, True),
 }
 
 AIO: dict[str, Entry] = {
