@@ -23,8 +23,8 @@ from trainwright.base.protocols import StateDict
 from trainwright.comm import ALONE
 from trainwright.comm.mesh import Layout
 from trainwright.engine.precision import Precision
-from trainwright.optim import EMA, clip_factor, norm_from, squared_norms
-from trainwright.optim.loss_scale import LossScaler
+from trainwright.memory import PlacedState
+from trainwright.optim import EMA, LossScaler, StepInBackward, clip_factor, norm_from, squared_norms
 from trainwright.parallel import DataParallel, apply_zero
 
 __all__ = ["Engine", "LossSum", "Optimizer", "StepReport"]
@@ -46,7 +46,8 @@ class LossSum(Protocol):
 class Optimizer(Protocol):
     """What the engine asks of an optimizer: ours, or a client's behind `ClientOptimizer`."""
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
 
     def step(self, closure: None = None, *, gradient_factor: float | Tensor | None = None) -> Any: ...
 
@@ -95,6 +96,8 @@ class Engine:
         clip_norm: largest global gradient norm; None measures the norm without clipping.
         ema: optional moving average of the parameters, updated after every step that is taken.
         scaler: the loss scale of fp16.
+        stepping: updates each parameter during the last backward pass of a step and frees its gradient.
+        placed: where the optimizer's state lives, if not beside the parameters; held here as long as the engine.
 
     Attributes:
         steps: optimizer steps, those that were skipped included.
@@ -114,6 +117,8 @@ class Engine:
         clip_norm: float | None = None,
         ema: EMA | None = None,
         scaler: LossScaler | None = None,
+        stepping: StepInBackward | None = None,
+        placed: PlacedState | None = None,
     ) -> None:
         if accumulation < 1:
             raise ConfigError(f"accumulation is {accumulation}, expected at least 1 micro-batch for a step")
@@ -131,6 +136,8 @@ class Engine:
         self.clip_norm = clip_norm
         self.ema = ema
         self.scaler = scaler
+        self.stepping = stepping
+        self.placed = placed
         self.steps = 0
         self.skipped_steps = 0
         self.micro_steps = 0
@@ -138,7 +145,7 @@ class Engine:
         groups = optimizer.param_groups if optimizer is not None else []
         self._parameters = [p for group in groups for p in group["params"]]
         trained = self._parameters or [p for p in model.parameters() if p.requires_grad]
-        self._device = trained[0].device if trained else self.ranks.device
+        self._device = self.ranks.device if self.ranks.world > 1 or not trained else trained[0].device
         # Sums over a step, in fp64 so that they do not depend on how rows are dealt to micro-batches and ranks.
         wide = torch.float32 if self._device.type == "mps" else torch.float64
         self._loss_sum = torch.zeros((), dtype=wide, device=self._device)
@@ -208,12 +215,21 @@ class Engine:
         loss, count = _sum_and_count(output)
         last = self.at_boundary
         self._open = True
+        if last and self.stepping is not None:
+            self._arm(self.stepping, count)
         self.data_parallel.begin_backward(last=last)
         (loss if self.scaler is None else loss * self._loss_factor(count)).backward()
         self.data_parallel.end_backward(last=last)
         self._loss_sum += loss.detach()
         self._count += count
         return loss.detach()
+
+    def _arm(self, stepping: StepInBackward, count: Tensor) -> None:
+        """Tell the stepping what it must know before the pass: the learning rate, and the step's count on all ranks."""
+        assert self.optimizer is not None
+        self.optimizer.set_lr(self.multiplier(self.steps))
+        total = self.ranks.sum_((self._count + count).clone()).clamp(min=1)
+        stepping.arm((1.0 / total).float())
 
     def _loss_factor(self, count: Tensor) -> float:
         """What an fp16 loss sum is multiplied by: the loss scale over a power of two near the step's count.
@@ -252,7 +268,7 @@ class Engine:
             return None
         if self.optimizer is None:
             raise ConfigError("this engine has no optimizer", hint="give one, or a config with an optim section")
-        report = self._update(self.optimizer, guard)
+        report = self._stepped(self.stepping) if self.stepping is not None else self._update(self.optimizer, guard)
         self.zero_grad()
         self.last_report = report
         return report
@@ -285,16 +301,28 @@ class Engine:
         self.skipped_steps += overflow
         return StepReport(loss, grad_norm, tokens, lr, skipped=not taken, overflow=overflow, loss_scale=used)
 
-    def _global_sums(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _stepped(self, stepping: StepInBackward) -> StepReport:
+        """The report of a step whose updates were made during the backward pass."""
+        assert self.optimizer is not None
+        stepping.finish()
+        loss_sum, tokens, norm_of_sum = self._global_sums(stepping.squared_norms)
+        count = tokens.clamp(min=1)
+        if self.ema is not None:
+            self.ema.update()
+        self.steps += 1
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        return StepReport(loss_sum / count, norm_of_sum / count, tokens, lr, skipped=False)
+
+    def _global_sums(self, squares: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss sum, count, norm of the gradient sum) over all ranks, with one message."""
-        sharded, replicated = squared_norms(self._parameters)
+        sharded, replicated = squares or squared_norms(self._parameters)
         if self.ranks.world == 1:
             return self._loss_sum, self._count, norm_from(sharded, replicated)
         # Every replica of a shard adds the same squares.
         replicas = self.data_parallel.layout.replicas
         sums = torch.stack([self._loss_sum, self._count, sharded.to(self._loss_sum.dtype) / replicas])
-        loss_sum, count, squares = self.ranks.sum_(sums).unbind()
-        return loss_sum, count, norm_from(squares, replicated)
+        loss_sum, count, total = self.ranks.sum_(sums).unbind()
+        return loss_sum, count, norm_from(total, replicated)
 
     def _scale_of_gradients(self) -> float:
         if self.scaler is None:

@@ -9,20 +9,21 @@ from typing import Any
 from trainwright.base.errors import ConfigError
 from trainwright.base.units import Duration
 from trainwright.config import OptimSection, PrecisionSection, ScheduleSection
-from trainwright.config.precision_section import FP16Precision
+from trainwright.config.precision_section import BF16PurePrecision, FP16Precision
 from trainwright.optim import OptimizerOptions, Rule, build_schedule
 from trainwright.optim.loss_scale import LossScaleOptions
 
 __all__ = ["learning_rate_multiplier", "optimizer_options", "scaler_options"]
 
 
-def optimizer_options(section: OptimSection, precision: PrecisionSection) -> OptimizerOptions:
-    """Everything that `build_optimizer` needs of an `optim` section with settled values."""
+def optimizer_options(section: OptimSection, precision: PrecisionSection, *, seed: int = 0) -> OptimizerOptions:
+    """Everything that `build_optimizer` needs of an `optim` section with settled values; `seed` is for rounding."""
     values: dict[str, Any] = dict(section)
     for key in ("schedule", "clip_norm"):
         del values[key]
     rules = tuple(Rule(**dict(rule)) for rule in values.pop("rules"))
-    return OptimizerOptions(**values, rules=rules)
+    half_update = precision.update if isinstance(precision, BF16PurePrecision) else "master"
+    return OptimizerOptions(**values, rules=rules, half_update=half_update, seed=seed)
 
 
 def learning_rate_multiplier(

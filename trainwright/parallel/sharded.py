@@ -59,9 +59,9 @@ class _WireScatter(DefaultAllocMixin, ReduceScatter):
             self._sums.reduce_scatter(output_tensor, input_tensor, self._shards, owner=self)
         else:
             self._sums.reduce_scatter_replicated(output_tensor, input_tensor, self._shards, self._replicas, owner=self)
-        # FSDP2 reads the sums right after this call where it casts them into another type, and where it adds them to
-        # those of an earlier call (a module that is called twice). Otherwise they may arrive later.
-        if any(p.grad is not None or p.dtype != output_tensor.dtype for p in self._parameters):
+        # FSDP2 reads the sums right after this call where it casts them into another type, where it adds them to those
+        # of an earlier call (a module that is called twice), and where a hook waits. Otherwise they may arrive later.
+        if any(p.grad is not None or p.dtype != output_tensor.dtype or _is_awaited(p) for p in self._parameters):
             self._sums.finish()
         return None
 
@@ -231,6 +231,10 @@ def _own_parameters(module: Any) -> Iterator[nn.Parameter]:
     for group in module._get_fsdp_state()._fsdp_param_groups:
         for fsdp_param in group.fsdp_params:
             yield fsdp_param.sharded_param
+
+
+def _is_awaited(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _local(tensor: Tensor) -> Tensor:

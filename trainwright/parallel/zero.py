@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from trainwright.base.errors import ConfigError
 from trainwright.comm.collectives import WireGroup
@@ -44,6 +44,8 @@ class ZeroOptions:
         keep_fp32: patterns of module names whose parameters are gathered as they are held.
         prefetch: blocks whose parameters are gathered ahead of their use; 0 gathers each when it is needed.
         overlap: gradient sums under way at once beside the backward pass; 0 waits for each.
+        host_parameters: this rank's parts of parameters and gradients live in pinned host memory, and the optimizer
+            steps there; on a CPU they do anyway.
     """
 
     wire: torch.dtype = torch.float32
@@ -51,6 +53,7 @@ class ZeroOptions:
     keep_fp32: Sequence[str] = ()
     prefetch: int = 1
     overlap: int = 2
+    host_parameters: bool = False
 
 
 def apply_zero(model: nn.Module, layout: Layout, ranks: Ranks, options: ZeroOptions | None = None) -> DataParallel:
@@ -94,9 +97,18 @@ def _wrap(
     blocks = find_blocks(model)
     kept = _modules_kept(model, options)
     groups: list[nn.Module] = []
+    on_device = mesh.shard is None or mesh.shard.device_type == "cpu" or not options.host_parameters
+    offload = OffloadPolicy() if on_device else CPUOffloadPolicy()
 
     def shard(module: nn.Module, mixed: MixedPrecisionPolicy, reshard: bool) -> None:
-        fully_shard(module, mesh=mesh.shard, mp_policy=mixed, reshard_after_forward=reshard, ignored_params=scalars)
+        fully_shard(
+            module,
+            mesh=mesh.shard,
+            mp_policy=mixed,
+            reshard_after_forward=reshard,
+            ignored_params=scalars,
+            offload_policy=offload,
+        )
         groups.append(module)
 
     for module in kept:

@@ -17,19 +17,16 @@ from trainwright.engine import (
     Engine,
     Precision,
     compile_blocks,
-    keep_residual_fp32,
     learning_rate_multiplier,
     optimizer_options,
     precision,
     scaler_options,
-    wire_type,
 )
-from trainwright.memory import ActivationOffload, apply_recompute
+from trainwright.engine.assemble import divide, recompute, release_gradients
+from trainwright.memory import place_state
 from trainwright.models import Decoder, build_model, load_pretrained
 from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
 from trainwright.optim.loss_scale import LossScaler
-from trainwright.parallel import DataParallel, ZeroOptions, apply_zero
-from trainwright.planner import Plan
 from trainwright.tasks import CausalLM
 from trainwright.trainer.cadence import Cadence
 from trainwright.trainer.callbacks import Callback, EarlyStopping
@@ -54,12 +51,26 @@ def build(
     _set_determinism(recipe, settled.device)
     policy = precision(recipe.precision.name)
     model = _build_model(settled, policy)
-    apply_recompute(model, _recompute(recipe), offload=_activation_offload(recipe, settled.device))
+    recompute(model, recipe.memory, ranks)
     if recipe.train.compile:
         compile_blocks(model)
-    data_parallel = _divide(model, recipe, plan, policy, ranks)
+    data_parallel = divide(
+        model,
+        plan.layout,
+        ranks,
+        policy,
+        precision=recipe.precision,
+        parallel=recipe.parallel,
+        comm=recipe.comm,
+        memory=recipe.memory,
+    )
     stack.callback(data_parallel.close)
-    optimizer = build_optimizer(model.named_parameters(), optimizer_options(recipe.optim, recipe.precision))
+    optimizer = build_optimizer(
+        model.named_parameters(), optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed)
+    )
+    placed = place_state(optimizer, recipe.memory.optimizer_state, folder=recipe.memory.nvme_path)
+    if placed is not None:
+        stack.callback(placed.close, keep=False)
     ema = EMA(model.named_parameters(), decay=recipe.train.ema.decay) if recipe.train.ema is not None else None
     engine = Engine(
         model,
@@ -71,6 +82,10 @@ def build(
         clip_norm=recipe.optim.clip_norm,
         ema=ema,
         scaler=LossScaler(scaler_options(recipe.precision)) if policy.scales_loss else None,
+        stepping=release_gradients(
+            optimizer, recipe.memory, plan.layout, clip_norm=recipe.optim.clip_norm, scales_loss=policy.scales_loss
+        ),
+        placed=placed,
     )
     loader = stack.enter_context(
         Loader(settled.dataset, plan.batch_rows, seed=recipe.train.seed, rank=ranks.rank, world=ranks.world)
@@ -130,30 +145,6 @@ def _build_model(settled: Settled, policy: Precision) -> Decoder:
         )
     model.set_attention_backend(settled.loaded.recipe.model.attention)
     return model.train()
-
-
-def _divide(model: Decoder, recipe: Recipe, plan: Plan, policy: Precision, ranks: Ranks) -> DataParallel:
-    """The model under the plan's layout; its weights are equal on all ranks because they are a function of the seed."""
-    if plan.layout.is_sharded and policy.gather_dtype is not None:
-        keep_residual_fp32(model)
-    options = ZeroOptions(
-        wire=wire_type(recipe.comm.wire, policy),
-        compute=policy.gather_dtype,
-        keep_fp32=recipe.precision.keep_fp32,
-        prefetch=recipe.parallel.prefetch,
-    )
-    return apply_zero(model, plan.layout, ranks, options)
-
-
-def _recompute(recipe: Recipe) -> str | dict[str, int]:
-    policy = recipe.memory.recompute
-    if isinstance(policy, str):
-        return "none" if policy == "auto" else policy
-    return {"every": policy.every}
-
-
-def _activation_offload(recipe: Recipe, device: torch.device) -> ActivationOffload | None:
-    return ActivationOffload.for_device(device) if recipe.memory.offload_activations else None
 
 
 def _spike_options(recipe: Recipe) -> SpikeOptions:

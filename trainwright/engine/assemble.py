@@ -1,0 +1,99 @@
+"""The steps that both doors share, from settled sections to parts: the recipe's trainer and `initialize`."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from trainwright.base.errors import ConfigError
+from trainwright.comm import Ranks
+from trainwright.comm.mesh import Layout
+from trainwright.config import CommSection, MemorySection, ParallelSection, PrecisionSection
+from trainwright.engine.precision import Precision, keep_residual_fp32, wire_type
+from trainwright.memory import ActivationOffload, apply_recompute
+from trainwright.models import Decoder
+from trainwright.optim import GroupedOptimizer, StepInBackward
+from trainwright.parallel import DataParallel, ZeroOptions, apply_zero, find_blocks
+
+__all__ = ["divide", "modules_named", "recompute", "release_gradients"]
+
+
+def modules_named(model: nn.Module, patterns: tuple[str, ...]) -> set[nn.Module]:
+    """Modules whose name one of the patterns finds.
+
+    Raises:
+        ConfigError: a pattern finds nothing.
+    """
+    found: set[nn.Module] = set()
+    for pattern in patterns:
+        matches = {module for name, module in model.named_modules() if name and re.search(pattern, name)}
+        if not matches:
+            names = ", ".join(name for name, _ in list(model.named_modules())[1:6])
+            raise ConfigError(f"precision.keep_fp32 {pattern!r} matches no module", hint=f"modules: {names}, ...")
+        found |= matches
+    return found
+
+
+def recompute(model: nn.Module, section: MemorySection, ranks: Ranks) -> None:
+    """Recompute and offload the activations of the model's blocks as the section says."""
+    wanted = section.recompute
+    policy = wanted if isinstance(wanted, str) else {"every": wanted.every}
+    policy = "none" if policy == "auto" else policy
+    offload = ActivationOffload.for_device(ranks.device) if section.offload_activations else None
+    blocks = list(model.blocks) if isinstance(model, Decoder) else [block for _, block in find_blocks(model)]
+    apply_recompute(model, policy, blocks=blocks, offload=offload)
+
+
+def divide(
+    model: nn.Module,
+    layout: Layout,
+    ranks: Ranks,
+    policy: Precision,
+    *,
+    precision: PrecisionSection,
+    parallel: ParallelSection,
+    comm: CommSection,
+    memory: MemorySection,
+) -> DataParallel:
+    """`apply_zero` with what the sections say; the model is equal on all ranks and in the policy's type already."""
+    if memory.parameters == "host" and not layout.is_sharded:
+        raise ConfigError(
+            "memory.parameters is host, but nothing is divided: parameters are held whole on the device",
+            hint="use parallel.zero=3 on two or more processes, or memory.parameters=device",
+        )
+    if layout.is_sharded and policy.gather_dtype is not None and isinstance(model, Decoder):
+        keep_residual_fp32(model)
+    options = ZeroOptions(
+        wire=wire_type(comm.wire, policy),
+        compute=policy.gather_dtype,
+        keep_fp32=precision.keep_fp32,
+        prefetch=parallel.prefetch,
+        host_parameters=memory.parameters == "host",
+    )
+    return apply_zero(model, layout, ranks, options)
+
+
+def release_gradients(
+    optimizer: object, section: MemorySection, layout: Layout, *, clip_norm: float | None, scales_loss: bool
+) -> StepInBackward | None:
+    """The stepping during the backward pass, where the section asks for it.
+
+    Raises:
+        ConfigError: clipping, fp16, a client's optimizer, or a layout that needs whole gradients after the pass.
+    """
+    if not section.release_gradients:
+        return None
+    why = None
+    if not isinstance(optimizer, GroupedOptimizer):
+        why = "the optimizer is yours, and only Trainwright's can update one parameter at a time"
+    elif scales_loss:
+        why = "fp16 has to look at all gradients before it steps"
+    elif layout.world > 1 and not layout.is_sharded:
+        why = "at stage 0 gradients are summed over the ranks after they are complete"
+    elif layout.accumulate == "sharded" and layout.zero > 1:
+        why = "parallel.accumulate is sharded: parts of gradients are added up after the pass"
+    if why is not None:
+        raise ConfigError(f"memory.release_gradients is true, but {why}", hint="set memory.release_gradients=false")
+    assert isinstance(optimizer, GroupedOptimizer)
+    return StepInBackward(optimizer, clip_norm=clip_norm)
