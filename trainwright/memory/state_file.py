@@ -7,6 +7,7 @@ as page cache. A shared mapping shows the same bytes as tensors, for whoever sav
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -35,7 +36,14 @@ def round_up(size: int) -> int:
 
 def aligned_buffer(size: int) -> Tensor:
     """`size` bytes (a multiple of ALIGNMENT) of page-aligned memory, uint8."""
-    return torch.frombuffer(mmap.mmap(-1, max(size, ALIGNMENT)), dtype=torch.uint8)[:size]
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.frombuffer(mmap.mmap(-1, max(size, ALIGNMENT)), dtype=torch.uint8)[:size]
+    memory = mmap.mmap(-1, max(size, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # The kernel pins the pages of every direct transfer, one by one.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
 
 
 class StateFile:

@@ -16,7 +16,7 @@ from torch import Tensor
 from trainwright.memory.meter import local_tensor
 from trainwright.memory.state_file import ALIGNMENT, round_up
 
-__all__ = ["Bucket", "Optimizer", "Piece", "Placed", "Unit", "plan_buckets", "plan_pieces", "shadow"]
+__all__ = ["Bucket", "Optimizer", "Piece", "Placed", "Unit", "is_small", "plan_buckets", "plan_pieces", "shadow"]
 
 SMALLEST_BYTES = 4096
 """Smaller state (step counters, rows of factored statistics) stays in memory."""
@@ -158,13 +158,17 @@ def plan_pieces(optimizer: Optimizer) -> tuple[list[Placed], int]:
             states.materialise_state()
             pieces = []
             for key, tensor in states.state[ghost].items():
-                size = tensor.numel() * tensor.element_size()
-                if size >= SMALLEST_BYTES:
+                if not is_small(tensor):
                     pieces.append(Piece(key, tensor.shape, tensor.dtype, offset))
-                    offset += round_up(size)
+                    offset += round_up(pieces[-1].size)
             if pieces or whole:
                 placed.append(Placed(parameter, index, whole, pieces))
     return placed, offset
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether a state tensor stays in memory."""
+    return tensor.numel() * tensor.element_size() < SMALLEST_BYTES
 
 
 def plan_buckets(placed: Sequence[Placed], bucket_bytes: int) -> list[Bucket]:

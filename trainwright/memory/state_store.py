@@ -25,6 +25,7 @@ from trainwright.memory.state_layout import (
     Piece,
     Placed,
     Unit,
+    is_small,
     plan_buckets,
     plan_pieces,
     shadow,
@@ -32,8 +33,8 @@ from trainwright.memory.state_layout import (
 
 __all__ = ["BUCKET_BYTES", "HostState", "MappedState", "PlacedState", "place_state"]
 
-BUCKET_BYTES = 16 << 20
-"""Of state in memory at once; three buckets are held. A read of this size is at a disk's full speed."""
+BUCKET_BYTES = 8 << 20
+"""Of state in memory at once; three buckets are held. Measured, reads of 4 MiB and of 64 MiB are equally fast."""
 
 BUFFERS = 3  # one is read, one is updated, one is written
 
@@ -142,7 +143,7 @@ class PlacedState:
         for one in self._placed:
             state = self.optimizer.state[one.parameter]
             if keep:
-                usual = self._made(one.local[:0] if one.local.ndim else one.local, one.group)
+                usual = self._materialised(one.local[:0] if one.local.ndim else one.local, one.group)
                 large = {piece.key for piece in one.pieces}
                 for key, tensor in usual.items():
                     state[key] = state[key].to(tensor.device, copy=key in large)
@@ -203,14 +204,23 @@ class PlacedState:
         """Make the state of one parameter, or take what it has, and put it where it belongs."""
         state = self.optimizer.state[placed.parameter]
         if not state:
-            state.update(self._made(placed.local.cpu() if self._copied else placed.local, placed.group))
+            state.update(self._made(placed.local, placed.group))
         elif self._copied:
             state.update({key: tensor.cpu() for key, tensor in state.items()})
         for piece in placed.pieces:
             state[piece.key] = self._put(piece, state[piece.key])
 
     def _made(self, local: Tensor, group: int) -> dict[str, Tensor]:
-        """The state that the optimizer makes for a parameter that holds `local`."""
+        """The first state of a parameter that holds `local`, on the host; zeros that will be moved are on "meta"."""
+        if local.dtype in (torch.bfloat16, torch.float16):
+            # Not zeros alone: a copy of the weights.
+            return self._materialised(local.cpu() if self._copied else local, group)
+        return {
+            key: torch.zeros(tensor.shape, dtype=tensor.dtype) if is_small(tensor) else tensor
+            for key, tensor in self._materialised(torch.empty_like(local, device="meta"), group).items()
+        }
+
+    def _materialised(self, local: Tensor, group: int) -> dict[str, Tensor]:
         twin = shadow(self.optimizer, {group: [local]}, {})
         twin.materialise_state()
         made: dict[str, Tensor] = twin.state[local]
@@ -255,7 +265,7 @@ class HostState(PlacedState):
     """State in host memory, updated there by the CPU; weights and gradients travel."""
 
     def _put(self, piece: Piece, value: Tensor) -> Tensor:
-        return value.to("cpu")
+        return value.to("cpu") if value.device.type != "meta" else torch.zeros(piece.shape, dtype=piece.dtype)
 
     def _borrow(self, bucket: Bucket) -> dict[Unit, dict[str, Tensor]]:
         found: dict[Unit, dict[str, Tensor]] = {}
@@ -305,7 +315,7 @@ class MappedState(PlacedState):
 
     def _put(self, piece: Piece, value: Tensor) -> Tensor:
         mapped = self.file.tensor(piece.offset, piece.shape, piece.dtype)
-        if value.any():  # the file is zeros already
+        if value.device.type != "meta":  # else zeros, which the file is already
             mapped.copy_(value)
             self.file.settle()
         return mapped
