@@ -81,8 +81,8 @@ class StepInBackward:
             raise RuntimeError("the step before was not finished: call finish() after its backward pass")
         self.optimizer.begin_step()
         self._factor = gradient_factor
-        first = local_part(self.optimizer.param_groups[0]["params"][0])
-        self.squared_norms = squared_norms([first])  # zeros on the right device
+        first = local_part(self.optimizer.param_groups[0]["params"][0]).detach()
+        self.squared_norms = squared_norms([first])  # zeros on the right device: this is no parameter, it has no gradient
         self._armed = True
 
     def finish(self) -> None:
