@@ -82,7 +82,7 @@ class StepInBackward:
         self.optimizer.begin_step()
         self._factor = gradient_factor
         first = local_part(self.optimizer.param_groups[0]["params"][0]).detach()
-        self.squared_norms = squared_norms([first])  # zeros on the right device: this is no parameter, it has no gradient
+        self.squared_norms = squared_norms([first])  # zeros on the right device: no parameter, no gradient
         self._armed = True
 
     def finish(self) -> None:

@@ -55,6 +55,10 @@ class DataParallel:
         """The sum over the ranks that share one copy of the state (in place)."""
         return tensor
 
+    def gradients(self) -> list[Tensor]:
+        """Every gradient that this rank holds now, whole or in part, wherever it waits: for counting bytes."""
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
     def close(self) -> None:
         """Remove every hook; the model is an ordinary module again, with what it holds."""
 

@@ -189,6 +189,14 @@ class Sharded(DataParallel):
                     fsdp_param.sharded_param.grad = None
         self._used.clear()
 
+    def gradients(self) -> list[Tensor]:
+        found = [*super().gradients(), *self._held.values()]
+        for fsdp_param in self._fsdp_params():
+            whole = getattr(fsdp_param, "unsharded_accumulated_grad", None)
+            waiting = (fsdp_param.sharded_param.grad, whole)
+            found += [gradient for gradient in waiting if gradient is not None]
+        return [_local(gradient) for gradient in found]
+
     def drop_gathered(self) -> None:
         for module in self._modules:
             module.reshard()

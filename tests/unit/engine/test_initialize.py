@@ -178,7 +178,8 @@ def test_fp16_overflow_skips_counts_and_leaves_the_schedule_alone() -> None:
     before = engine.out.weight.clone()
     engine.backward(engine(x).sum() * float("inf"))
     report = engine.step()
-    assert report is not None and report.overflow
+    assert report is not None
+    assert report.overflow
     assert report.loss_scale == 1024.0
     assert engine.loss_scale == 512.0
     assert engine.skipped_steps == 1
