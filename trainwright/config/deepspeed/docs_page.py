@@ -74,7 +74,9 @@ def _block_rows(block: Block, path: str) -> list[Row]:
     instead = f" {block.instead}" if block.instead else ""
     if block.switch:
         fate = f"false: no effect. true: refused, {block.feature} is not built yet.{instead}"
-        rows = [(f"`{path}.{block.switch}`", "`false`", fate)]
+        switch = block.keys[block.switch]
+        assert isinstance(switch, NoEffect)
+        rows = [(f"`{path}.{block.switch}`", _default(switch), fate)]
     else:
         rows = [(f"`{path}`", "`null`", f"refused: {block.feature} is not built yet.{instead}")]
     inside = [name for name in _names(block) if name != block.switch]

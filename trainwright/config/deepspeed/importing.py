@@ -95,7 +95,9 @@ class Import:
     def _unknown(self, keys: Mapping[str, Entry], path: str, key: str) -> None:
         hint = did_you_mean(key, keys)
         if not hint:
-            all_paths = {known.rpartition(".")[2]: known for known, _, _ in entries(self.tables)}
+            # Of several keys with one name those that map come last, and stay.
+            known_keys = sorted(entries(self.tables), key=lambda item: isinstance(item[1], Maps))
+            all_paths = {known.rpartition(".")[2]: known for known, _, _ in known_keys}
             close = key if key in all_paths else nearest(key, all_paths)
             hint = f" Did you mean {all_paths[close]!r}?" if close in all_paths else ""
         if not hint:

@@ -181,11 +181,14 @@ RUN: dict[str, Entry] = {
     "graph_harvesting": NotBuilt("graph harvesting (CUDA graphs)", BOOL),
     "progressive_layer_drop": off_block("progressive layer dropping", "theta", "gamma"),
     "weight_quantization": Block(
-        dict.fromkeys(
-            ("enabled", "num_bits", "q_type", "q_groups", "quantized_initialization", "post_init_quant"),
-            NoEffect("", ANY),
-        ),
-        "",
+        {
+            "enabled": NoEffect("", BOOL, True),
+            **{
+                key: NoEffect("", ANY)
+                for key in ("num_bits", "q_type", "q_groups", "quantized_initialization", "post_init_quant")
+            },
+        },
+        "enabled",
         "loading quantized weights",
     ),
     "use_data_before_expert_parallelism": NoEffect("there are no expert-parallel ranks to order", BOOL, False),
