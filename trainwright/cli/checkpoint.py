@@ -1,4 +1,4 @@
-"""`trainwright checkpoint list | verify`"""
+"""`trainwright checkpoint list | verify | import-deepspeed`"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainwright.cli.run_folder import find_run
 
 __all__ = ["app"]
 
-app = typer.Typer(help="List and verify the checkpoints of a run.", no_args_is_help=True)
+app = typer.Typer(help="List and verify the checkpoints of a run; import those of DeepSpeed.", no_args_is_help=True)
 Root = Annotated[Path, typer.Option("--dir", help="Folder of all runs (run.dir of the recipe).")]
 
 
@@ -70,3 +70,22 @@ def verify(
             f"{len(damaged)} of {len(folders)} checkpoints are damaged: {', '.join(damaged)}",
             hint="a resume passes them over and takes the newest good one",
         )
+
+
+@app.command("import-deepspeed")
+def import_deepspeed_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What DeepSpeed's save_checkpoint was given.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A folder that does not exist or is empty.")],
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="I know who made these files: pickles, without hashes.")
+    ] = False,
+    tag: Annotated[str | None, typer.Option(help="Which checkpoint (global_step100); else the latest.")] = None,
+) -> None:
+    """Write fp32 weights as safetensors under their own names, and the optimizer's moments beside them."""
+    from trainwright.checkpoint.deepspeed import import_deepspeed
+
+    done = import_deepspeed(folder, destination, tag=tag, trust=allow_pickle)
+    print(f"imported to {done.path}: {done.parameters:,} values in fp32, ZeRO stage {done.stage}, {done.ranks} ranks")
+    print(f"moments: {', '.join(done.moments) if done.moments else 'none'}")
+    for note in done.notes:
+        print(f"note: {note}")

@@ -11,7 +11,7 @@ import trainwright.checkpoint
 
 FOLDER = Path(trainwright.checkpoint.__file__).parent
 FORBIDDEN = re.compile(
-    r"torch\.(load|save)\b|import (c?[pP]ickle|dill|marshal|shelve|joblib)|from (c?[pP]ickle|dill|marshal|shelve)"
+    r"torch\.(load|save)\b|import (c?[pP]ickle|dill|marshal|shelve|joblib)\b|from (c?[pP]ickle|dill|marshal|shelve)\b"
     r"|\bunpickle|\b(eval|exec|(?<!re\.)compile|__import__)\(|allow_pickle|weights_only|yaml\.load|os\.system|subprocess"
 )
 
