@@ -241,5 +241,11 @@ def innermost_frames(stack: str, main_thread: int, *, count: int = 6) -> list[st
         return []
     # The last thread is the oldest: the main one, should its number be unknown.
     frames = next((body for number, body in blocks if int(number, 16) == main_thread), blocks[-1][1])
-    lines = [line.strip() for line in frames.splitlines() if not line.rstrip().endswith(_WRAPPER)]
+    lines = [_unescaped(line.strip()) for line in frames.splitlines() if not line.rstrip().endswith(_WRAPPER)]
     return lines[:count]
+
+
+def _unescaped(text: str) -> str:
+    """faulthandler writes characters beyond ASCII as backslash escapes."""
+    escape = r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))"
+    return re.sub(escape, lambda match: chr(int(match[1] or match[2] or match[3], 16)), text)

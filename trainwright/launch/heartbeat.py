@@ -52,7 +52,7 @@ class Heartbeat:
 
     Args:
         folder: shared by the ranks of this machine.
-        hang_after: seconds without a beat that count as a hang; they count from the first beat on.
+        hang_after: seconds without a beat that count as a hang; they count from the first beat of any rank on.
         supervised: the launcher watches and decides. False: this thread does, and ends the process with HangError's
             exit code after leaving its evidence in `folder`.
     """
@@ -64,8 +64,10 @@ class Heartbeat:
         (self.folder / f"flight-{rank}.json").unlink(missing_ok=True)  # of an earlier run in the same folder
         enable_flight_recorder(os.environ)
         self._state: tuple[int, str, float | None] = (-1, "start", None)
+        self._created = time.monotonic()
         self._paused_until = 0.0
         self._beats = 0
+        self._lock = threading.Lock()
         self._written: tuple[int, float] | None = None
         self._answered = False
         self._interval = min(1.0, max(0.05, hang_after / 10))
@@ -79,8 +81,11 @@ class Heartbeat:
 
     def beat(self, step: int, phase: str = "step") -> None:
         """The loop made progress: it is at `step` and enters `phase` ("forward", "save", ...). Costs under 1 us."""
+        first = self._state[2] is None
         self._state = (step, phase, time.monotonic())
         self._beats += 1
+        if first:  # a rank that stops within its first second must not look like one that is still starting
+            self._write()
 
     @contextlib.contextmanager
     def paused(self, phase: str, *, at_most: float = 6 * 3600.0) -> Iterator[None]:
@@ -126,10 +131,14 @@ class Heartbeat:
                 if not self.supervised and self._hangs():
                     self._end()
             except OSError as error:  # a full disk: training goes on unwatched, and the launcher sees an old file
-                print(f"warning: rank {self.rank}: heartbeat not written: {error}", file=sys.stderr)
+                _warn(f"warning: rank {self.rank}: heartbeat not written: {error}")
                 self._interval = min(60.0, self._interval * 2)
 
     def _write(self) -> None:
+        with self._lock:  # of the loop's thread and ours: they share the name of the unfinished file
+            self._write_now()
+
+    def _write_now(self) -> None:
         self._written = (self._beats, self._paused_until)
         step, phase, moment = self._state
         record = {
@@ -139,6 +148,7 @@ class Heartbeat:
             "main_thread": threading.main_thread().ident,
             "step": step,
             "phase": phase,
+            "created": self._created,
             "beat": moment,
             "paused_until": self._paused_until,
         }
@@ -151,9 +161,9 @@ class Heartbeat:
         moment, now = self._state[2], time.monotonic()
         if moment is None or now - moment < self.hang_after:
             return False
-        from trainwright.launch.watch import read_heartbeats
+        from trainwright.launch.watch import read_heartbeats, stalled
 
-        return all(beat.paused_until < now for beat in read_heartbeats(self.folder))
+        return stalled(read_heartbeats(self.folder), self.hang_after, now)
 
     def _end(self) -> None:
         """Leave the evidence, let one rank of this machine say what it means, and end this process."""
@@ -166,14 +176,11 @@ class Heartbeat:
         time.sleep(EVIDENCE_SECONDS)  # ranks that wait for a hanging one stop beating when it does: all write now
         reports = rank_reports(self.folder)
         speaker = min((report.rank for report in reports if report.flight is not None), default=self.rank)
+        lines = [f"error: rank {self.rank} ends: no progress for {self.hang_after:g} s; evidence in {self.folder}"]
         if speaker == self.rank:
             finding = analyse(reports, self.hang_after)
-            print("\n".join([f"error: {finding.message}", *finding.details]), file=sys.stderr, flush=True)
-        print(
-            f"error: rank {self.rank} ends: no progress for {self.hang_after:g} s; evidence in {self.folder}",
-            file=sys.stderr,
-            flush=True,
-        )
+            lines = [f"error: {finding.message}", *finding.details, *lines]
+        _warn("\n".join(lines))
         os._exit(HangError.exit_code)
 
 
@@ -201,6 +208,13 @@ def flight_record() -> dict[str, Any]:
         for group, ranks in list(world.pg_group_ranks.items())
     }
     return found
+
+
+def _warn(text: str) -> None:
+    # In one piece: ranks may share a terminal.
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def _write_whole(path: Path, data: bytes) -> None:

@@ -299,8 +299,9 @@ class _Supervisor:
         self._say(f"  -> what every rank wrote: {self.folder}/rank-*.log")
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone; the ranks are not
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
     def _tidy(self, *, keep: bool) -> None:
         for pattern in ("heartbeat-*", "stack-*", "flight-*", ".*.part", "dump"):

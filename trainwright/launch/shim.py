@@ -33,10 +33,10 @@ def main(arguments: list[str]) -> None:
     try:
         os.execvp(command[0], command)
     except FileNotFoundError:
-        print(f"error: {command[0]!r} is not a program on the PATH", file=sys.stderr)
+        os.write(2, f"error: {command[0]!r} is not a program on the PATH\n".encode(errors="backslashreplace"))
         os._exit(127)
     except OSError as error:
-        print(f"error: {command[0]!r} cannot be run: {error.strerror}", file=sys.stderr)
+        os.write(2, f"error: {command[0]!r} cannot be run: {error.strerror}\n".encode(errors="backslashreplace"))
         os._exit(126)
 
 

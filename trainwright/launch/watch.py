@@ -17,7 +17,7 @@ __all__ = ["Beat", "process_state", "rank_reports", "read_heartbeats", "request_
 
 @dataclass(frozen=True)
 class Beat:
-    """One rank's last heartbeat. beat: monotonic seconds of the last progress, None before the first."""
+    """One rank's last heartbeat. created, beat: monotonic seconds of its start and of its last progress, if any."""
 
     rank: int
     world: int
@@ -25,6 +25,7 @@ class Beat:
     main_thread: int
     step: int
     phase: str
+    created: float
     beat: float | None
     paused_until: float
 
@@ -48,11 +49,11 @@ def stalled(beats: list[Beat], hang_after: float, now: float) -> bool:
     """No rank made progress for `hang_after` seconds.
 
     As long as one does, the others may be waiting for it and nothing hangs; a rank that hangs stops all of them at
-    their next collective. Ranks that have not beaten once are still starting, and a pause holds for everybody.
+    their next collective. While no rank has beaten, all are still starting. A pause holds for everybody.
     """
-    if not beats or any(beat.paused_until > now or beat.beat is None for beat in beats):
+    if all(beat.beat is None for beat in beats) or any(beat.paused_until > now for beat in beats):
         return False
-    return all(beat.beat is not None and now - beat.beat > hang_after for beat in beats)
+    return all(now - (beat.created if beat.beat is None else beat.beat) > hang_after for beat in beats)
 
 
 def request_evidence(folder: Path) -> None:
@@ -89,7 +90,7 @@ def rank_reports(folder: Path) -> list[RankReport]:
                 state=process_state(beat.pid),
                 step=beat.step,
                 phase=beat.phase,
-                age=0.0 if beat.beat is None else now - beat.beat,
+                age=now - (beat.created if beat.beat is None else beat.beat),
                 stack=stack,
                 main_thread=beat.main_thread,
                 flight=_read_json(folder / f"flight-{beat.rank}.json"),

@@ -12,8 +12,8 @@ STACK = """Thread 0x00007f2b8bfff6c0 (most recent call first):
 
 Current thread 0x00007f2ba5b14740 (most recent call first):
   File "/site/torch/distributed/c10d_logger.py", line 83 in wrapper
-  File "/home/me/训练.py", line 13 in load_rows
-  File "/home/me/训练.py", line 99 in <module>
+  File "/home/me/\\u8bad\\u7ec3.py", line 13 in load_rows
+  File "/home/me/\\u8bad\\u7ec3.py", line 99 in <module>
 """
 MAIN = 0x00007F2BA5B14740
 

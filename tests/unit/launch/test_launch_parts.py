@@ -112,6 +112,8 @@ def test_nothing_is_launched_inside_a_launched_world() -> None:
 def test_heartbeats_are_written_by_a_thread(tmp_path: Path) -> None:
     with Heartbeat(tmp_path, 0, hang_after=1.0) as heartbeat:
         assert [beat.beat for beat in read_heartbeats(tmp_path)] == [None]
+        heartbeat.beat(11, "load")
+        assert read_heartbeats(tmp_path)[0].step == 11  # the first one is written at once
         heartbeat.beat(12, "forward")
         deadline = time.monotonic() + 5
         while read_heartbeats(tmp_path)[0].step != 12 and time.monotonic() < deadline:
@@ -130,17 +132,18 @@ def test_heartbeats_are_written_by_a_thread(tmp_path: Path) -> None:
 
 def test_when_a_job_is_stalled() -> None:
     def beat(rank: int, moment: float | None, paused_until: float = 0.0) -> Beat:
-        return Beat(rank, 3, 1, 1, 1, "step", moment, paused_until)
+        return Beat(rank, 3, 1, 1, 1, "step", 9.0, moment, paused_until)
 
     assert stalled([beat(0, 10.0), beat(1, 11.0)], 5.0, now=17.0)
     assert not stalled([beat(0, 10.0), beat(1, 13.0)], 5.0, now=17.0)  # rank 1 goes on
-    assert not stalled([beat(0, 10.0), beat(1, None)], 5.0, now=17.0)  # rank 1 is still starting
+    assert not stalled([beat(0, None), beat(1, None)], 5.0, now=17.0)  # all are still starting
+    assert stalled([beat(0, 10.0), beat(1, None)], 5.0, now=17.0)  # rank 1 never began
     assert not stalled([beat(0, 10.0), beat(1, 10.0, paused_until=20.0)], 5.0, now=17.0)
     assert not stalled([], 5.0, now=17.0)
 
 
 def test_files_of_an_earlier_larger_world_are_passed_over(tmp_path: Path) -> None:
-    record = {"world": 2, "pid": 1, "main_thread": 1, "step": 1, "phase": "x", "paused_until": 0.0}
+    record = {"world": 2, "pid": 1, "main_thread": 1, "step": 1, "phase": "x", "created": 1.0, "paused_until": 0.0}
     for rank, moment in ((0, 50.0), (1, 50.0), (5, 3.0)):
         text = json.dumps({**record, "rank": rank, "beat": moment, "world": 8 if rank == 5 else 2})
         (tmp_path / f"heartbeat-{rank}.json").write_text(text)
