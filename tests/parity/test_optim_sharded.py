@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -38,12 +39,12 @@ SHAPES = {
     "layers.1.never.weight": (6, 6),  # never has a gradient
     "layers.1.late.weight": (8, 3),  # has its first gradient in step 3
     "layers.2.up.weight": (19, 16),
-    "layers.2.experts": (3, 2, 32),
+    "layers.2.experts": (3, 2, 32),  # 64 numbers a row: a block of adamw_8bit
     "norm.weight": (10,),
     "bias": (2,),
 }
 REPLICATED = ("plain.weight", (4, 6))
-ELEMENTWISE = ("adamw", "sgd", "lion")
+ELEMENTWISE = ("adamw", "sgd", "lion", "adamw_8bit")
 VECTOR = 16  # torch's fused CPU kernels round the numbers beyond the last full vector of a tensor differently
 STEPS = 20
 
@@ -324,7 +325,8 @@ def check_fsdp_training(mesh: Any, rank: int, name: str) -> None:
 
 def on_ranks(rank: int, world: int) -> bool:
     mesh = init_device_mesh("cpu", (world,))
-    for name in ("adamw", "sgd", "lion", "adafactor", "muon"):
+    has_torchao = importlib.util.find_spec("torchao") is not None
+    for name in ("adamw", "sgd", "lion", "adafactor", "muon", *(["adamw_8bit"] if has_torchao else [])):
         check_equals_one_process(mesh, name, torch.float32)
         if world == 2:
             check_equals_one_process(mesh, name, torch.bfloat16)

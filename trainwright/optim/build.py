@@ -11,6 +11,7 @@ from torch import Tensor
 from trainwright.base.errors import ConfigError
 from trainwright.optim.adafactor import ADAFACTOR
 from trainwright.optim.adamw import ADAMW
+from trainwright.optim.adamw_8bit import ADAMW_8BIT
 from trainwright.optim.algorithm import Algorithm
 from trainwright.optim.groups import make_groups
 from trainwright.optim.lion import LION
@@ -21,7 +22,14 @@ from trainwright.optim.sgd import SGD
 
 __all__ = ["ALGORITHMS", "build_optimizer"]
 
-ALGORITHMS: dict[str, Algorithm] = {"adamw": ADAMW, "sgd": SGD, "adafactor": ADAFACTOR, "lion": LION, "muon": MUON}
+ALGORITHMS: dict[str, Algorithm] = {
+    "adamw": ADAMW,
+    "sgd": SGD,
+    "adafactor": ADAFACTOR,
+    "lion": LION,
+    "muon": MUON,
+    "adamw_8bit": ADAMW_8BIT,
+}
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, Tensor]], options: OptimizerOptions) -> GroupedOptimizer:
@@ -50,7 +58,7 @@ def _refuse_fp16(group: dict[str, Any], half_update: str) -> None:
 
 def _algorithm_options(algorithm: str, options: OptimizerOptions) -> dict[str, Any]:
     match algorithm:
-        case "adamw":
+        case "adamw" | "adamw_8bit":
             return {"betas": options.resolved_betas, "eps": options.eps, "fused": options.fused}
         case "sgd":
             return {

@@ -10,11 +10,11 @@ from trainwright.base.errors import ConfigError
 
 __all__ = ["NAMES", "OptimizerOptions", "Rule"]
 
-NAMES = ("adamw", "sgd", "adafactor", "lion", "muon")
-ELEMENTWISE = ("adamw", "sgd", "lion")
+NAMES = ("adamw", "sgd", "adafactor", "lion", "muon", "adamw_8bit")
+ELEMENTWISE = ("adamw", "sgd", "lion", "adamw_8bit")
 
 # AdamW's beta2 = 0.95 is the usual choice for language models since GPT-3 (2005.14165); Lion's are its paper's.
-DEFAULT_BETAS = {"adamw": (0.9, 0.95), "muon": (0.9, 0.95), "lion": (0.9, 0.99)}
+DEFAULT_BETAS = {"adamw": (0.9, 0.95), "adamw_8bit": (0.9, 0.95), "muon": (0.9, 0.95), "lion": (0.9, 0.99)}
 DEFAULT_MOMENTUM = {"sgd": 0.9, "muon": 0.95}
 
 
@@ -51,7 +51,7 @@ class OptimizerOptions:
     """One optimizer for all parameters.
 
     Args:
-        name: adamw, sgd, adafactor, lion or muon (muon trains embeddings, head and vectors with AdamW).
+        name: adamw, sgd, adafactor, lion, muon or adamw_8bit (muon trains embeddings, head and vectors with AdamW).
         lr: peak learning rate; a schedule multiplies it.
         betas: decay of the first and second average (adamw, muon's AdamW part) or Lion's two; None = the usual ones.
         eps: added to AdamW's denominator.
@@ -70,7 +70,7 @@ class OptimizerOptions:
         fused: use torch's fused kernels where the device has them.
         half_update: how half-precision parameters take in small updates: `master` (an fp32 copy), `kahan` (the part
             that rounding cut off, in bf16) or `stochastic` (random rounding); see `halves`. The last two are for bf16
-            and for optimizers that look at each number by itself: adamw, sgd, lion.
+            and for optimizers that look at each number by itself: adamw, adamw_8bit, sgd, lion.
         seed: of random rounding.
     """
 
