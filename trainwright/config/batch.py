@@ -8,6 +8,9 @@ from trainwright.base.errors import ConfigError
 
 __all__ = ["BATCH_KEYS", "BatchSizes", "resolve_batch"]
 
+LARGEST = 2**31 - 1
+"""Rows of a batch: beyond it somebody gave tokens."""
+
 BATCH_KEYS = ("batch.global", "batch.micro", "batch.accumulation")
 
 
@@ -45,8 +48,8 @@ def resolve_batch(
             `global_` nor `micro`.
     """
     for key, size in zip((*keys, "the number of ranks"), (global_, micro, accumulation, world), strict=True):
-        if size is not None and size < 1:
-            raise ConfigError(f"{key} is {size}, expected at least 1")
+        if size is not None and not 1 <= size <= LARGEST:
+            raise ConfigError(f"{key} is {size}, expected " + ("at least 1" if size < 1 else f"at most {LARGEST}"))
     if global_ is None:
         if micro is None:
             raise ConfigError(
@@ -54,6 +57,8 @@ def resolve_batch(
                 hint=f"give {keys[1]}, the rows of one forward pass on one rank",
             )
         passes = accumulation or 1
+        if micro * passes * world > LARGEST:
+            raise ConfigError(f"{keys[1]} {micro} x {passes} x {world} ranks is more than {LARGEST} rows")
         return BatchSizes(micro * passes * world, micro, passes)
     ranks = f"{world} rank" + ("s" if world > 1 else "")
     if micro is not None and accumulation is not None:

@@ -45,6 +45,8 @@ def test_one_alone_accumulates_once(micro: int, world: int) -> None:
         ((3, 4, None), 1, "batch.global 3 is not a multiple of batch.micro 4 x 1 rank = 4", "use 4"),
         ((0, 1, None), 1, "batch.global is 0, expected at least 1", None),
         ((8, -1, None), 1, "batch.micro is -1", None),
+        ((2**40, None, None), 1, "batch.global is 1099511627776, expected at most 2147483647", None),
+        ((None, 2**20, 2**20), 1, "is more than 2147483647 rows", None),
         ((8, 1, 1), 0, "the number of ranks is 0", None),
     ],
 )

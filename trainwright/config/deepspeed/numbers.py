@@ -7,7 +7,6 @@ from typing import Any
 from trainwright.config.deepspeed.importing import Import
 from trainwright.config.deepspeed.tables import (
     BOOL,
-    COUNT,
     NUMBER,
     POSITIVE,
     TEXTS,
@@ -16,6 +15,7 @@ from trainwright.config.deepspeed.tables import (
     Maps,
     NoEffect,
     NotBuilt,
+    WholeNumber,
     off_block,
 )
 from trainwright.config.fields import Listed, Name, Real, Words
@@ -51,7 +51,7 @@ FP16: dict[str, Entry] = {
     "enabled": Maps("precision.name", BOOL, False, "true: fp16, with fp32 weights in the optimizer"),
     "auto_cast": NoEffect("inputs are cast where a product needs it", BOOL, False),
     "loss_scale": Maps("precision.loss_scale", Real(minimum=0), 0.0, "0: dynamic"),
-    "initial_scale_power": Maps("precision.initial_scale", COUNT, 16, "2 to this power"),
+    "initial_scale_power": Maps("precision.initial_scale", WholeNumber(maximum=127), 16, "2 to this power"),
     "loss_scale_window": Maps("precision.window", POSITIVE, 1000),
     "hysteresis": Maps("precision.hysteresis", POSITIVE, 2),
     "consecutive_hysteresis": NotBuilt("hysteresis that fills up again at each step without overflow", BOOL),

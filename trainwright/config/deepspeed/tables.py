@@ -35,18 +35,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class WholeNumber(Written):
-    """A whole number from `minimum` on; 5e8, which JSON reads as a fraction, is one."""
+    """A whole number from `minimum` to `maximum`; 5e8, which JSON reads as a fraction, is one."""
 
     minimum: int | None = 0
+    maximum: int = 2**63 - 1
 
     @property
     def what(self) -> str:
-        return "a whole number" + ("" if self.minimum is None else f" >= {self.minimum}")
+        low = "" if self.minimum is None else f" >= {self.minimum}"
+        return f"a whole number{low}" + (f" and <= {self.maximum}" if self.maximum < 2**63 - 1 else "")
 
     def read(self, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError
-        if value != int(value) or (self.minimum is not None and value < self.minimum):
+        if value != int(value) or value > self.maximum or (self.minimum is not None and value < self.minimum):
             raise ValueError
         return int(value)
 
