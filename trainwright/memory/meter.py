@@ -119,4 +119,4 @@ def _is_weight_copy(tensor: Tensor) -> bool:
     node = tensor.grad_fn
     while node is not None and node.name() in _SHAPE_NODES:
         node = node.next_functions[0][0]
-    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
+    return isinstance(getattr(node, "variable", None), nn.Parameter)  # of the node that adds up a leaf's gradient

@@ -6,9 +6,11 @@ every run's `run.json`, so an error here is seen, not hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainwright.planner.facts import MachineFacts, ModelFacts
+from trainwright.planner.memory import MemorySettings, predict_rank_memory
 
 __all__ = ["MemoryPrediction", "predict_memory", "predict_tokens_per_second", "utilisation"]
 
@@ -17,14 +19,6 @@ __all__ = ["MemoryPrediction", "predict_memory", "predict_tokens_per_second", "u
 # (docs/benchmarks.md). CPU, eager, and CUDA (published dense single-GPU runs: 0.35-0.5): estimates.
 _UTILISATION = {("cpu", True): 0.65, ("cpu", False): 0.35, ("cuda", True): 0.45, ("cuda", False): 0.35}
 _DEFAULT_UTILISATION = 0.25
-
-# Kept for the backward pass, bytes per token, layer and unit of width, for a llama block with fused attention in bf16:
-# 28 tensors of 2 bytes (measured on Llama-3.1-8B shapes; ml-engineering counts the same). fp32 doubles it.
-_ACTIVATION_BYTES = 56
-
-# Moments in bytes per parameter, in fp32: AdamW two moments, Lion, SGD with momentum and Muon one;
-# Adafactor factors its second moment to almost nothing.
-_OPTIMIZER_BYTES = {"adamw": 8.0, "lion": 4.0, "sgd": 4.0, "muon": 5.0, "adafactor": 0.1}
 
 
 def utilisation(machine: MachineFacts, *, compiled: bool) -> float:
@@ -53,20 +47,48 @@ class MemoryPrediction:
 
 
 def predict_memory(
-    model: ModelFacts, *, optimizer: str, precision: str, micro_rows: int, sequence_length: int
+    model: ModelFacts,
+    *,
+    optimizer: str,
+    precision: str,
+    micro_rows: int,
+    sequence_length: int,
+    zero: int = 0,
+    shard: int = 1,
+    micro_batches: int = 1,
+    accumulate: str = "local",
+    gather: str = "step",
+    recompute: str | int | Mapping[str, int] = "none",
+    offload_activations: bool = False,
+    optimizer_state: str = "device",
+    parameters: str = "device",
+    host_is_device: bool = True,
 ) -> MemoryPrediction:
-    """Bytes a step needs, outside the runtime's own (interpreter, libraries, compiler): about 0.5 GiB on CPU."""
-    width = 2 if precision == "bf16_pure" else 4
-    activation_scale = 2 if precision == "fp32" else 1
-    tokens = micro_rows * sequence_length
-    per_token = _ACTIVATION_BYTES * model.layers * model.width * activation_scale
-    # Moments are fp32; beside bf16 weights the optimizer also keeps an fp32 copy of them.
-    state = _OPTIMIZER_BYTES.get(optimizer, 8.0) + (4.0 if precision == "bf16_pure" else 0.0)
-    # The bf16 copy of the weights that autocast makes lives as long as the forward pass.
-    parameters = model.parameters * (6 if precision == "bf16" else width)
-    return MemoryPrediction(
+    """Bytes a step needs on the device of one rank, outside the runtime's own (interpreter, libraries, compiler): about
+    0.5 GiB on CPU. Parameters include the low-precision or gathered copies that live as long as the forward pass.
+
+    The words are those of `planner.memory.MemorySettings`; `planner.memory.predict_rank_memory` tells the kinds further
+    apart, and what goes to the host and to disk.
+    """
+    settings = MemorySettings(
+        micro_rows,
+        sequence_length,
+        micro_batches=micro_batches,
+        precision=precision,
+        optimizer=optimizer,
+        zero=zero,
+        shard=shard,
+        accumulate=accumulate,
+        gather=gather,
+        offload_activations=offload_activations,
+        optimizer_state=optimizer_state,
         parameters=parameters,
-        gradients=model.parameters * width,
-        optimizer=round(model.parameters * state),
-        activations=tokens * per_token,
+        host_is_device=host_is_device,
+    ).with_recompute(recompute)
+    memory = predict_rank_memory(model, settings)
+    return MemoryPrediction(
+        parameters=memory.parameters + memory.gathered,
+        gradients=memory.gradients + memory.transfers,
+        optimizer=memory.optimizer,
+        activations=memory.activations,
     )

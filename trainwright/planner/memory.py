@@ -1,0 +1,246 @@
+"""Bytes that one rank needs at the peak of a step, at every ZeRO stage: pure functions of plain numbers.
+
+ZeRO, arXiv 1910.02054, section 3, with the types that this engine really uses: fp32 parts of parameters, low-precision
+copies of whole ones, fp32 gradients (docs/memory.md has the table).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from trainwright.planner.facts import ModelFacts
+
+__all__ = [
+    "ACTIVATION_BYTES",
+    "MemorySettings",
+    "RankMemory",
+    "StateBytes",
+    "StateWidths",
+    "predict_rank_memory",
+    "state_widths",
+    "zero_states",
+]
+
+ACTIVATION_BYTES = {"none": 56.0, "selective": 26.0, "full": 2.0}
+"""Kept for backward, bytes per token, layer and unit of width, in bf16 with fused attention; fp32 doubles them.
+
+none: 28 tensors of 2 bytes (measured on Llama-3.1-8B shapes). selective: the outputs of linear layers and attention
+(counted on the same shapes, benchmarks/memory/recompute.py). full: the block's input."""
+
+OPTIMIZER_BYTES = {"adamw": 8.0, "lion": 4.0, "sgd": 4.0, "muon": 5.0, "adafactor": 0.1}
+"""fp32 moments in bytes per parameter: AdamW two; Lion, SGD with momentum and Muon one; Adafactor almost none."""
+
+PURE_UPDATE_BYTES = {"master": 4.0, "kahan": 2.0, "stochastic": 0.0}
+"""Beside pure bf16 weights the optimizer keeps an fp32 copy, a bf16 compensation, or nothing."""
+
+IN_FLIGHT = 2  # blocks that are gathered, or whose gradients travel, at once: the current one and the next
+DISK_BUFFERS = 3 * (8 << 20)  # memory.BUCKET_BYTES of state on disk are in memory three times
+
+
+@dataclass(frozen=True)
+class StateWidths:
+    """Bytes per parameter.
+
+    held: as the owner keeps it. whole: the copy that forward computes with (at stage 0 the one that autocast makes).
+    gradient: as it is added up. optimizer: all its state. kept_copy: of the low-precision copy that stage 3 keeps
+    divided; the paper's engine does, FSDP2 casts while it gathers.
+    """
+
+    held: float
+    whole: float
+    gradient: float
+    optimizer: float
+    kept_copy: float = 0.0
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of model state on one rank."""
+
+    parameters: float
+    gathered: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gathered + self.gradients + self.optimizer
+
+
+def zero_states(
+    parameters: int,
+    widths: StateWidths,
+    *,
+    zero: int,
+    shard: int,
+    whole_gradients: bool,
+    gathered_at_once: int = 0,
+) -> StateBytes:
+    """Bytes of model state of one of `shard` ranks that share a copy.
+
+    Args:
+        whole_gradients: gradients are added up whole (stages 0 and 1, and wherever micro-batches accumulate locally).
+        gathered_at_once: parameters that stage 3 holds whole at the same time.
+    """
+    part = parameters if zero == 0 else parameters / shard
+    gathered = gathered_at_once if zero == 3 else parameters
+    return StateBytes(
+        parameters=widths.held * part + (widths.kept_copy * part if zero == 3 else 0.0),
+        gathered=widths.whole * gathered,
+        gradients=widths.gradient * (parameters if whole_gradients or zero == 0 else part),
+        optimizer=widths.optimizer * part,
+    )
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What decides a rank's memory. Words and defaults are those of the recipe's sections.
+
+    Attributes:
+        micro_rows, sequence_length: of one forward pass. micro_batches: of one step.
+        shard: ranks that share a copy of the state.
+        gather: "step" keeps whole parameters for the step; stage 3 with "micro_batch" only those of a few blocks.
+        recompute: none, selective, full, or n: every n-th block in full.
+        update: how pure bf16 weights are updated.
+        host_is_device: the device is the CPU, so that what goes to the host stays where it was.
+        block_parameters: of the largest block; None estimates it.
+    """
+
+    micro_rows: int
+    sequence_length: int
+    micro_batches: int = 1
+    precision: str = "bf16"
+    optimizer: str = "adamw"
+    update: str = "master"
+    zero: int = 0
+    shard: int = 1
+    accumulate: str = "local"
+    gather: str = "step"
+    recompute: str | int = "none"
+    offload_activations: bool = False
+    optimizer_state: str = "device"
+    parameters: str = "device"
+    host_is_device: bool = False
+    block_parameters: int | None = None
+
+    def with_recompute(self, value: str | int | Mapping[str, int]) -> MemorySettings:
+        """With the recipe's `memory.recompute`; "auto" counts as none."""
+        if isinstance(value, Mapping):
+            value = value["every"]
+        return replace(self, recompute="none" if value == "auto" else value)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at the peak of a step; without the runtime's own (interpreter, libraries, compiler).
+
+    parameters: held parts. gathered: whole copies beside them. transfers: blocks whose gradients travel.
+    host: what lies in host memory beside a device. disk: in files.
+    """
+
+    parameters: int
+    gathered: int
+    gradients: int
+    optimizer: int
+    activations: int
+    transfers: int
+    host: int = 0
+    disk: int = 0
+
+    @property
+    def device(self) -> int:
+        """On the device that computes."""
+        return self.parameters + self.gathered + self.gradients + self.optimizer + self.activations + self.transfers
+
+    def kinds(self) -> dict[str, int]:
+        """Kinds that are not empty, by name."""
+        return {name: size for name, size in asdict(self).items() if size}
+
+
+def state_widths(precision: str, optimizer: str, *, update: str = "master", sharded: bool = False) -> StateWidths:
+    """Bytes per parameter of a precision policy (fp32, bf16, fp16, fp8, bf16_pure) and an optimizer."""
+    moments = OPTIMIZER_BYTES.get(optimizer, 8.0)
+    if precision == "bf16_pure":
+        return StateWidths(2.0, 2.0 if sharded else 0.0, 2.0, moments + PURE_UPDATE_BYTES[update])
+    if precision == "fp32":
+        return StateWidths(4.0, 4.0 if sharded else 0.0, 4.0, moments)
+    return StateWidths(4.0, 2.0, 4.0, moments)
+
+
+def predict_rank_memory(model: ModelFacts, settings: MemorySettings) -> RankMemory:
+    """Bytes that a rank needs at the peak of a step of `model` under `settings`."""
+    sharded = settings.zero > 0 and settings.shard > 1
+    zero = settings.zero if sharded else 0
+    widths = state_widths(settings.precision, settings.optimizer, update=settings.update, sharded=sharded)
+    several = settings.micro_batches > 1
+    local = settings.accumulate == "local" or zero == 1
+    if sharded and several:
+        # Whole gradients are added up in fp32; parts wait in the type of the parameter beside those of the next pass.
+        widths = replace(widths, gradient=4.0 if local else 2 * widths.gradient)
+    block, rest = _block_and_rest(model, settings)
+    states = zero_states(
+        model.parameters,
+        widths,
+        zero=zero,
+        shard=settings.shard,
+        whole_gradients=several and local,
+        gathered_at_once=_gathered_at_once(model, settings, block, rest),
+    )
+    kept, activations = _activations(model, settings)
+    memory = RankMemory(
+        parameters=round(states.parameters),
+        gathered=round(states.gathered),
+        gradients=round(states.gradients),
+        optimizer=round(states.optimizer),
+        activations=activations,
+        # The gradient of a unit as backward makes it, and the fp32 buffer that is summed over the ranks.
+        transfers=round(max(IN_FLIGHT * block, rest) * (widths.whole + 4.0)) if sharded else 0,
+    )
+    return _moved(memory, settings, kept)
+
+
+def _block_and_rest(model: ModelFacts, settings: MemorySettings) -> tuple[int, int]:
+    """Parameters of one block and of all that is outside blocks. Without more knowledge each is an upper estimate:
+    whether embedding and head are one matrix or two is not in the facts."""
+    words = model.vocab_size * model.width
+    if settings.block_parameters is not None:
+        return settings.block_parameters, max(0, model.parameters - model.layers * settings.block_parameters)
+    return max(0, model.parameters - words) // max(1, model.layers), min(model.parameters, 2 * words)
+
+
+def _gathered_at_once(model: ModelFacts, settings: MemorySettings, block: int, rest: int) -> int:
+    if settings.gather == "step":
+        return model.parameters
+    return min(model.parameters, IN_FLIGHT * block + rest)
+
+
+def _activations(model: ModelFacts, settings: MemorySettings) -> tuple[int, int]:
+    """(bytes that all blocks keep until backward, bytes of activations on the device at the peak)."""
+    unit = settings.micro_rows * settings.sequence_length * model.width * (2 if settings.precision == "fp32" else 1)
+    every = settings.recompute if isinstance(settings.recompute, int) else 1
+    kind = "full" if isinstance(settings.recompute, int) else settings.recompute
+    plain, reduced = ACTIVATION_BYTES["none"], ACTIVATION_BYTES[kind]
+    again = -(-model.layers // every) if kind != "none" else 0
+    kept = unit * ((model.layers - again) * plain + again * reduced)
+    # The block that is computed again holds everything it made for a moment.
+    window = unit * (plain - reduced) if again else 0.0
+    held = kept
+    if settings.offload_activations and not settings.host_is_device:
+        held = min(kept, unit * IN_FLIGHT * max(reduced, plain if again < model.layers else 0.0))
+    return round(kept), round(held + window)
+
+
+def _moved(memory: RankMemory, settings: MemorySettings, kept: int) -> RankMemory:
+    """The same with what the settings move to the host or to a disk taken away from the device."""
+    host = disk = 0
+    optimizer, parameters, gradients = memory.optimizer, memory.parameters, memory.gradients
+    if settings.optimizer_state == "nvme":
+        disk, optimizer, host = memory.optimizer, 0, DISK_BUFFERS
+    elif not settings.host_is_device and "host" in (settings.optimizer_state, settings.parameters):
+        host, optimizer = memory.optimizer, 0
+    if settings.parameters == "host" and not settings.host_is_device:
+        host, parameters, gradients = host + parameters + gradients, 0, 0
+    if settings.offload_activations and not settings.host_is_device:
+        host += kept
+    return replace(memory, optimizer=optimizer, parameters=parameters, gradients=gradients, host=host, disk=disk)
