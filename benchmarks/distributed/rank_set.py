@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class RankSet(Contender):
         losses: of every step, the mean over the ranks.
         bytes_of_turns: that `lo` carried.
         peak: largest resident memory of any rank, bytes, so far.
+        disturbances: of every turn, processors that other programs kept busy meanwhile, on average.
     """
 
     def __init__(self, name: str, command: Sequence[str], ranks: int) -> None:
@@ -67,6 +69,7 @@ class RankSet(Contender):
         self.bytes_of_turns: list[int] = []
         self.losses: list[float] = []
         self.peak = 0
+        self.disturbances: list[float] = []
         self._processes: list[subprocess.Popen[str]] = []
 
     def start(self) -> None:
@@ -94,16 +97,24 @@ class RankSet(Contender):
 
     def turn(self, steps: int) -> None:
         """All ranks take `steps` steps; the time of a step is that of its slowest rank."""
-        before = loopback_bytes()
+        before, others, began = loopback_bytes(), self._ticks_of_others(), time.perf_counter()
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(f"{steps}\n")
             process.stdin.flush()
         reports = [self._report(rank) for rank in range(self.ranks)]
         self.bytes_of_turns.append(loopback_bytes() - before)
+        busy = (self._ticks_of_others() - others) / os.sysconf("SC_CLK_TCK")
+        self.disturbances.append(max(0.0, busy / (time.perf_counter() - began)))
         self.seconds_of_turns.append([max(of_step) for of_step in zip(*(r["seconds"] for r in reports), strict=True)])
         self.peak = max(_peak_resident(process.pid) for process in self._processes)
         self.losses += [sum(of_step) / self.ranks for of_step in zip(*(r["values"] for r in reports), strict=True)]
+
+    def _ticks_of_others(self) -> int:
+        """Processor time of the whole machine, less that of the ranks, in clock ticks."""
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        user, nice, system, _, _, irq, softirq = map(int, words[1:8])
+        return user + nice + system + irq + softirq - sum(_processor_ticks(process.pid) for process in self._processes)
 
     def _report(self, rank: int) -> dict[str, list[float]]:
         process = self._processes[rank]
@@ -137,6 +148,12 @@ class RankSet(Contender):
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def _processor_ticks(pid: int) -> int:
+    """User and system time of a process and all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def _peak_resident(pid: int) -> int:

@@ -43,6 +43,7 @@ def main() -> None:
         "tokens_per_second": round(work.tokens_per_step(options.ranks) / seconds),
         "psi": round(ranks.psi(options.steps, work.parameters()), 3),
         "peak_MiB": ranks.peak >> 20,
+        "others_kept_busy": round(ranks.disturbances[-1], 3),
         "own_network": alone,
         "losses": [round(loss, 5) for loss in ranks.losses],
     }
