@@ -49,12 +49,17 @@ def point_at(optimizer: torch.optim.Optimizer, before: Mapping[Tensor, str], mod
 class ClientOptimizer:
     """Any `torch.optim.Optimizer` with the engine's gradient factor, and state by parameter name.
 
-    Its learning rates are its own: the engine does not set them.
+    Args:
+        scheduled: the engine multiplies the groups' rates by its schedule; else they are the client's alone.
+        lr: peak learning rate of all groups where the engine schedules; None takes what each group has.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, *, scheduled: bool = False, lr: float | None = None
+    ) -> None:
         self.optimizer = optimizer
         self._names = names_of(model)
+        self._peaks = [float(group["lr"]) if lr is None else lr for group in self.param_groups] if scheduled else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -74,7 +79,10 @@ class ClientOptimizer:
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def set_lr(self, multiplier: float) -> None:
-        """Nothing: the client's scheduler, if there is one, sets the rates."""
+        """The peak rates times `multiplier`, where the engine schedules them."""
+        if self._peaks is not None:
+            for group, peak in zip(self.param_groups, self._peaks, strict=True):
+                group["lr"] = peak * multiplier
 
     def materialise_state(self) -> None:
         """Make the state that the first step would make, so that a saved one has something to be loaded into.

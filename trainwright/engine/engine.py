@@ -69,8 +69,8 @@ class StepReport:
         grad_norm: scalar, global L2 norm of the mean gradient before clipping.
         tokens: trained tokens in the step.
         lr: learning rate of the first parameter group that the step used.
-        skipped: the step was not taken: the guard refused it, or fp16 gradients overflowed.
-        overflow: fp16 gradients overflowed; the loss scale was lowered.
+        skipped: the step was not taken: the guard refused it, or the gradient overflowed.
+        overflow: the gradient was not finite and the engine skips such steps; in fp16 the loss scale was lowered.
         loss_scale: what the loss was multiplied by before the backward pass; 1 without fp16.
     """
 
@@ -96,12 +96,13 @@ class Engine:
         clip_norm: largest global gradient norm; None measures the norm without clipping.
         ema: optional moving average of the parameters, updated after every step that is taken.
         scaler: the loss scale of fp16.
+        skip_nonfinite: leave out steps whose gradient is not finite, as fp16 does; waits for the device.
         stepping: updates each parameter during the last backward pass of a step and frees its gradient.
         placed: where the optimizer's state lives, if not beside the parameters; held here as long as the engine.
 
     Attributes:
         steps: optimizer steps, those that were skipped included.
-        skipped_steps: steps that overflowed in fp16; the learning-rate schedule does not count them.
+        skipped_steps: steps whose gradient overflowed; the learning-rate schedule does not count them.
         micro_steps: completed micro-batches.
     """
 
@@ -117,6 +118,7 @@ class Engine:
         clip_norm: float | None = None,
         ema: EMA | None = None,
         scaler: LossScaler | None = None,
+        skip_nonfinite: bool = False,
         stepping: StepInBackward | None = None,
         placed: PlacedState | None = None,
     ) -> None:
@@ -136,6 +138,7 @@ class Engine:
         self.clip_norm = clip_norm
         self.ema = ema
         self.scaler = scaler
+        self.skip_nonfinite = skip_nonfinite or scaler is not None
         self.stepping = stepping
         self.placed = placed
         self.steps = 0
@@ -281,7 +284,7 @@ class Engine:
         loss = loss_sum / count
         norm_of_sum = squares / scale
         grad_norm = norm_of_sum / count
-        overflow = self.scaler is not None and not math.isfinite(float(grad_norm))
+        overflow = self.skip_nonfinite and not math.isfinite(float(grad_norm))
         used = 1.0
         if self.scaler is not None:
             event = self.scaler.update(overflow)
@@ -344,14 +347,17 @@ class Engine:
 
         Divided tensors are DTensors; names and shapes are the same in every layout.
         """
-        state: StateDict = {"model": self.model.state_dict(), "steps": self.steps}
+        state: StateDict = {
+            "model": self.model.state_dict(),
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+        }
         if self.optimizer is not None:
             state["optimizer"] = self.optimizer.state_dict()
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
-            state["skipped_steps"] = self.skipped_steps
         return state
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -361,12 +367,12 @@ class Engine:
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+        self.skipped_steps = state.get("skipped_steps", 0)
         self.micro_steps = self.steps * self.accumulation
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-            self.skipped_steps = state["skipped_steps"]
 
 
 def _sum_and_count(output: LossSum | Tensor) -> tuple[Tensor, Tensor]:

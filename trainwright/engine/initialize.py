@@ -24,7 +24,13 @@ from trainwright.base.device import device_facts
 from trainwright.base.errors import ConfigError
 from trainwright.base.events import emit
 from trainwright.comm import Ranks, start
-from trainwright.config import ClientOptim, EngineConfig, LoadedEngineConfig, load_engine_config, resolve_batch
+from trainwright.config import (
+    ClientOptim,
+    EngineConfig,
+    LoadedEngineConfig,
+    load_engine_config,
+    resolve_batch,
+)
 from trainwright.engine.assemble import divide, modules_named, recompute, release_gradients
 from trainwright.engine.client import ClientOptimizer, names_of, point_at
 from trainwright.engine.engine import Optimizer
@@ -32,6 +38,7 @@ from trainwright.engine.loader import EngineLoader
 from trainwright.engine.options import learning_rate_multiplier, optimizer_options, scaler_options
 from trainwright.engine.own_loop import OwnLoopEngine
 from trainwright.engine.precision import Precision, cast_model, precision
+from trainwright.engine.weigh import refuse_too_large
 from trainwright.memory import place_state
 from trainwright.optim import GroupedOptimizer, LossScaler, build_optimizer
 from trainwright.parallel.synchronise import synchronise
@@ -83,6 +90,7 @@ def initialize(
 
     Raises:
         ConfigError: the configuration contradicts itself, the arguments, or the number of processes.
+        MemoryLimitError: parameters, gradients and optimizer state cannot fit; names the nearest setting that does.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
@@ -94,6 +102,8 @@ def initialize(
     batch = resolve_batch(sizes.global_, sizes.micro, sizes.accumulation, ranks.world)
     policy = precision(_precision_name(settings))
     layout = choose_layout(settings.parallel, ranks.world, accumulation=batch.accumulation).layout
+
+    refuse_too_large(model, settings, policy, layout, ranks, batch)
 
     before = _prepare_model(model, settings, policy, ranks, model_parameters)
     data_parallel = divide(
@@ -112,8 +122,10 @@ def initialize(
         placed = place_state(made, settings.memory.optimizer_state, folder=settings.memory.nvme_path)
     elif settings.memory.optimizer_state == "nvme":
         raise ConfigError("memory.optimizer_state is nvme, but the optimizer is yours", hint="name one in optim")
-    scheduler = _make_scheduler(lr_scheduler, made)
-    clip_norm = settings.optim.clip_norm if settings.optim is not None else None
+    section = settings.optim
+    scheduled = isinstance(section, ClientOptim) and (section.lr is not None or section.schedule.name != "constant")
+    scheduler = _make_scheduler(lr_scheduler, made, scheduled=scheduled)
+    clip_norm = section.clip_norm if section is not None else None
     engine = OwnLoopEngine(
         model,
         made,
@@ -122,6 +134,7 @@ def initialize(
         data_parallel=data_parallel,
         accumulation=batch.accumulation,
         clip_norm=clip_norm,
+        skip_nonfinite=settings.on_nan == "skip",
         scaler=LossScaler(scaler_options(settings.precision)) if policy.scales_loss else None,
         stepping=release_gradients(made, settings.memory, layout, clip_norm=clip_norm, scales_loss=policy.scales_loss),
         placed=placed,
@@ -212,21 +225,28 @@ def _make_optimizer(
         )
     if isinstance(given, torch.optim.Optimizer):
         point_at(given, before, model)
-        return ClientOptimizer(given, model)
+        return _client(given, model, section)
     if not callable(given):
         raise ConfigError(f"optimizer is a {type(given).__name__}, expected a torch.optim.Optimizer or a callable")
     made = given([p for p in model.parameters() if p.requires_grad])
     if not isinstance(made, torch.optim.Optimizer):
         raise ConfigError(f"the optimizer callable returned a {type(made).__name__}, expected a torch.optim.Optimizer")
-    return ClientOptimizer(made, model)
+    return _client(made, model, section)
 
 
-def _make_scheduler(given: Any, optimizer: Optimizer | None) -> Any:
+def _client(optimizer: torch.optim.Optimizer, model: nn.Module, section: ClientOptim | None) -> ClientOptimizer:
+    if section is None:
+        return ClientOptimizer(optimizer, model)
+    scheduled = section.lr is not None or section.schedule.name != "constant"
+    return ClientOptimizer(optimizer, model, scheduled=scheduled, lr=section.lr)
+
+
+def _make_scheduler(given: Any, optimizer: Optimizer | None, *, scheduled: bool) -> Any:
     if given is None:
         return None
     if optimizer is None:
         raise ConfigError("an lr_scheduler was passed, but there is no optimizer")
-    if isinstance(optimizer, GroupedOptimizer):
+    if isinstance(optimizer, GroupedOptimizer) or scheduled:
         raise ConfigError(
             "an lr_scheduler was passed, and optim has a schedule already",
             hint="use optim.schedule, or pass an optimizer of yours with the scheduler",
@@ -242,7 +262,7 @@ def _make_scheduler(given: Any, optimizer: Optimizer | None) -> Any:
 
 def _multiplier(settings: EngineConfig, optimizer: Optimizer | None) -> Callable[[int], float]:
     section = settings.optim
-    if section is None or not isinstance(optimizer, GroupedOptimizer):
+    if section is None or optimizer is None:
         return lambda step: 1.0
     return learning_rate_multiplier(section.schedule, settings.total_steps or ENDLESS)
 

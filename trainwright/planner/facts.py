@@ -20,6 +20,7 @@ class MachineFacts:
         compiler: path of a C++ compiler for CPU kernels (CUDA needs none), None when there is none.
         peak: measured matrix-product rate of one rank in FLOP/s by dtype name ("fp32", "bf16").
         ranks: processes that train together, each with a device, or a share of the cores, like this one.
+        host_bytes: this rank's share of the host's memory; None where that is `memory_bytes`.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class MachineFacts:
     compiler: str | None
     peak: dict[str, float]
     ranks: int = 1
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from trainwright.base.errors import ConfigError, MemoryLimitError
-from trainwright.base.text import human_bytes
+from trainwright.base.errors import ConfigError
 from trainwright.base.units import Duration
+from trainwright.comm.mesh import Layout
 from trainwright.config import Recipe
 from trainwright.config.optim_section import Muon
+from trainwright.config.precision_section import BF16PurePrecision
 from trainwright.planner import rules
-from trainwright.planner.cost import MemoryPrediction, predict_memory, predict_tokens_per_second
+from trainwright.planner.cost import predict_tokens_per_second
 from trainwright.planner.facts import DataFacts, MachineFacts, ModelFacts
 from trainwright.planner.layout import choose_layout
+from trainwright.planner.memory import MemorySettings, predict_rank_memory
+from trainwright.planner.memory_fit import MemoryLimits, alternatives, refuse_before_allocating, shortfalls
 from trainwright.planner.plan import Decision, Plan, Prediction
 
 __all__ = ["resolve"]
@@ -62,7 +65,14 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
             f" (train.batch_tokens {batch_tokens} / data.sequence_length {data.sequence_length})",
             hint=f"the nearest that does is {_nearest_divisor(rank_rows, micro_rows)}",
         )
-    chosen = choose_layout(recipe.parallel, machine.ranks, accumulation=rank_rows // micro_rows)
+    settings = _memory_settings(recipe, machine, data, precision, micro_rows, rank_rows // micro_rows)
+    limits = _limits(machine)
+    chosen = choose_layout(
+        recipe.parallel,
+        machine.ranks,
+        accumulation=rank_rows // micro_rows,
+        fits=lambda layout: not shortfalls(predict_rank_memory(model, _under(settings, layout)), limits),
+    )
     if machine.ranks > 1:
         ledger.decisions.extend(chosen.decisions)
     compiled = ledger.settle(
@@ -76,14 +86,10 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
     _settle_schedule(ledger, recipe, steps)
     _settle_evaluation(ledger, recipe, data, steps, tokens)
 
-    memory = predict_memory(
-        model,
-        optimizer=recipe.optim.name,
-        precision=precision,
-        micro_rows=micro_rows,
-        sequence_length=data.sequence_length,
-    )
-    _refuse_what_cannot_fit(memory, machine)
+    settings = _under(settings, chosen.layout)
+    memory = predict_rank_memory(model, settings)
+    nvme = recipe.memory.nvme_path is not None
+    refuse_before_allocating(memory, limits, alternatives(model, settings, world=machine.ranks, nvme=nvme))
     rate = machine.ranks * predict_tokens_per_second(model, machine, dtype=dtype, compiled=bool(compiled))
     return Plan(
         decisions=tuple(ledger.decisions),
@@ -100,7 +106,7 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
             tokens_per_second=rate,
             step_seconds=trained / rate,
             total_seconds=tokens / rate,
-            memory={**asdict(memory), "total": memory.total},
+            memory={**memory.kinds(), "total": memory.device},
         ),
         layout=chosen.layout,
     )
@@ -220,12 +226,31 @@ def _settle_evaluation(ledger: _Ledger, recipe: Recipe, data: DataFacts, steps: 
         ledger.decisions.append(Decision("train.eval_tokens", rows, reason))
 
 
-def _refuse_what_cannot_fit(memory: MemoryPrediction, machine: MachineFacts) -> None:
-    if memory.total <= machine.memory_bytes:
-        return
-    parts = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in asdict(memory).items())
-    raise MemoryLimitError(
-        f"the run needs about {human_bytes(memory.total)} ({parts}), and {machine.name} has"
-        f" {human_bytes(machine.memory_bytes)}",
-        hint="use a smaller model, train.micro_batch=1, precision=bf16_pure or optim.name=adafactor",
+def _memory_settings(
+    recipe: Recipe, machine: MachineFacts, data: DataFacts, precision: str, micro_rows: int, micro_batches: int
+) -> MemorySettings:
+    section = recipe.memory
+    recompute = section.recompute if isinstance(section.recompute, str) else section.recompute.every
+    settings = MemorySettings(
+        micro_rows,
+        data.sequence_length,
+        micro_batches=micro_batches,
+        precision=precision,
+        optimizer=recipe.optim.name,
+        update=recipe.precision.update if isinstance(recipe.precision, BF16PurePrecision) else "master",
+        offload_activations=section.offload_activations,
+        optimizer_state=section.optimizer_state,
+        parameters=section.parameters,
+        host_is_device=machine.kind != "cuda",
     )
+    return settings.with_recompute(recompute)
+
+
+def _under(settings: MemorySettings, layout: Layout) -> MemorySettings:
+    return replace(settings, zero=layout.zero, shard=layout.shard, accumulate=layout.accumulate, gather=layout.gather)
+
+
+def _limits(machine: MachineFacts) -> MemoryLimits:
+    if machine.kind != "cuda":
+        return MemoryLimits(machine.name, machine.memory_bytes)
+    return MemoryLimits(machine.name, machine.host_bytes or machine.memory_bytes, machine.memory_bytes)

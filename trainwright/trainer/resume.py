@@ -93,7 +93,8 @@ def enter_folder(loaded: LoadedRecipe, resume: str, stack: contextlib.ExitStack,
     _refuse_changes(before, loaded.values(), resolved, given, folder)
     changes = [f"{key}={_yaml(value)}" for key, value in given.items() if _may_change(key) and before.get(key) != value]
     if info.get("ranks", 1) != ranks.world:
-        decided = [key for key in resolved if key.startswith(SETTLED_ANEW) and key not in before | given]
+        said = before | given
+        decided = [key for key in resolved if key.startswith(SETTLED_ANEW) and said.get(key, "auto") == "auto"]
         changes += [f"{key}=auto" for key in decided if key != "parallel.prefetch"]
     return Entered(folder, lock, load_recipe(folder.recipe, changes), before | given, resuming=True)
 

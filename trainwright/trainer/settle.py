@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from trainwright.base.device import device_facts, measure_matmul_peak
+from trainwright.base.device import device_facts, host_memory_limit, measure_matmul_peak
 from trainwright.base.events import emit
 from trainwright.base.text import human_bytes
 from trainwright.comm import ALONE, Ranks
@@ -116,6 +116,7 @@ def machine_facts(ranks: Ranks = ALONE) -> MachineFacts:
         compiler=facts.compiler,
         peak=peak,
         ranks=ranks.world,
+        host_bytes=host_memory_limit() // ranks.local_world if facts.kind == "cuda" else None,
     )
 
 
