@@ -25,6 +25,7 @@ __all__ = [
     "cpu_flags",
     "device_facts",
     "find_compiler",
+    "free_disk_bytes",
     "host_memory_limit",
     "measure_matmul_peak",
     "memory_bytes",
@@ -97,6 +98,14 @@ def host_memory_limit() -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(limits) if limits else 0
+
+
+def free_disk_bytes(folder: str | Path) -> int:
+    """Bytes that are free where `folder` lies or would be made."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def _cgroup_folders(controller: str) -> list[tuple[Path, int]]:

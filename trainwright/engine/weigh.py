@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from trainwright.base.device import free_disk_bytes
 from trainwright.comm import Ranks
 from trainwright.comm.mesh import Layout
 from trainwright.config import BatchSizes, EngineConfig
@@ -51,8 +52,13 @@ def refuse_too_large(
         host_is_device=ranks.device.type == "cpu",
         block_parameters=max(blocks, default=None),
     )
-    limits = memory_limits("cuda" if ranks.device.type == "cuda" else "cpu", ranks_on_host=ranks.local_world)
-    nvme = settings.memory.nvme_path is not None
+    folder = settings.memory.nvme_path
+    nvme = folder is not None
+    limits = memory_limits(
+        "cuda" if ranks.device.type == "cuda" else "cpu",
+        ranks_on_host=ranks.local_world,
+        disk=free_disk_bytes(folder) if folder is not None else None,
+    )
     refuse_before_allocating(
         predict_rank_memory(facts, memory), limits, alternatives(facts, memory, world=ranks.world, nvme=nvme)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from trainwright.base.device import free_disk_bytes
 from trainwright.base.errors import ConfigError
 from trainwright.base.units import Duration
 from trainwright.comm.mesh import Layout
@@ -66,7 +67,7 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
             hint=f"the nearest that does is {_nearest_divisor(rank_rows, micro_rows)}",
         )
     settings = _memory_settings(recipe, machine, data, precision, micro_rows, rank_rows // micro_rows)
-    limits = _limits(machine)
+    limits = _limits(machine, recipe.memory.nvme_path)
     chosen = choose_layout(
         recipe.parallel,
         machine.ranks,
@@ -250,7 +251,8 @@ def _under(settings: MemorySettings, layout: Layout) -> MemorySettings:
     return replace(settings, zero=layout.zero, shard=layout.shard, accumulate=layout.accumulate, gather=layout.gather)
 
 
-def _limits(machine: MachineFacts) -> MemoryLimits:
+def _limits(machine: MachineFacts, nvme_path: str | None) -> MemoryLimits:
+    disk = None if nvme_path is None else free_disk_bytes(nvme_path) // machine.ranks
     if machine.kind != "cuda":
-        return MemoryLimits(machine.name, machine.memory_bytes)
-    return MemoryLimits(machine.name, machine.host_bytes or machine.memory_bytes, machine.memory_bytes)
+        return MemoryLimits(machine.name, machine.memory_bytes, disk=disk)
+    return MemoryLimits(machine.name, machine.host_bytes or machine.memory_bytes, machine.memory_bytes, disk)
