@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -310,24 +312,48 @@ def test_a_terminal_stays_a_terminal_for_the_speaking_rank(tmp_path: Path) -> No
     assert log(tmp_path, 1) == "sees False False 0\n"
 
 
-def test_train_starts_its_own_ranks(tmp_path: Path) -> None:
-    """Both ranks refuse a folder that is not there: one message, and the code of a single process."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model:\n  config: {{family: llama, hidden_size: 64, num_layers: 2, num_heads: 4}}\n"
-        f"data:\n  source: {tmp_path}/absent\n  tokenizer: {{train: bpe, vocab_size: 512}}\n"
-        f"run:\n  dir: {tmp_path}/runs\n"
-        f"train:\n  steps: 2\n",
-        encoding="utf-8",
+def train(recipe: dict[str, Any], folder: Path, *options: str) -> subprocess.Popen[str]:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainwright", "train", str(path), "launch.processes=2", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    command = [sys.executable, "-m", "trainwright", "train", str(recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    alone = subprocess.run(
-        [*command, "launch.processes=1"], env=environment, capture_output=True, text=True, timeout=90, check=False
-    )
-    both = subprocess.run(
-        [*command, "launch.processes=2"], env=environment, capture_output=True, text=True, timeout=90, check=False
-    )
-    assert alone.returncode == both.returncode != 0
-    assert both.stderr.count("absent") == alone.stderr.count("absent"), both.stderr
-    assert "of 2 failed first" in both.stderr
+
+
+def test_train_starts_its_own_ranks_and_tells_one_error(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tiny(tmp_path / "runs")
+    recipe["data"]["source"] = str(tmp_path / "absent")
+    launcher = train(recipe, tmp_path)
+    _, err = launcher.communicate(timeout=90)
+    assert launcher.returncode == 3, err
+    assert err.count("error: ") == 1
+    assert "rank 0 of 2 failed first: exit code 3 (DataError); its error stands above" in err
+    [folder] = (tmp_path / "runs" / ".launch").iterdir()
+    assert (folder / "rank-1.log").read_text(encoding="utf-8").startswith("error: ")
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_and_the_run_goes_on(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tiny(tmp_path / "runs")
+    recipe["train"] |= {"steps": 400, "eval_every": "400 steps"}
+    recipe["checkpoint"] = {"every": "300 steps"}
+    launcher = train(recipe, tmp_path)
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count('"step"') < 5):
+        time.sleep(0.1)
+    launcher.terminate()
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75, err
+    assert list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*"))
+    again = train(recipe, tmp_path, "train.steps=400", "--resume", "auto")
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["status"] == "finished"
+    assert (
+        len(list((tmp_path / "runs" / ".launch").iterdir())) == 1
+    )  # that of the interrupted run; the clean one is gone

@@ -34,8 +34,10 @@ _CONSEQUENCE = re.compile(
     r"gloo/transport|Connection (closed|reset) by peer|Broken pipe|Connection refused|DistNetworkError|DistStoreError|"
     r"recvValue failed|sendBytes failed|failed to recv|Socket closed|ncclRemoteError|remote process exited|"
     r"Application timeout caused pair closure|Timed out waiting \d+ms|wait timeout after|watchdog|"
-    r"NCCL communicator was",
-    re.IGNORECASE,
+    r"NCCL communicator was|"
+    # our own rooms: a rank that says that it follows another one
+    r"another rank failed|died, or gave up waiting for another rank|^error: rank \d+ failed: |FollowedError|RankLost",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 

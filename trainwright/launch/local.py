@@ -253,14 +253,14 @@ class _Supervisor:
         while time.monotonic() < deadline and not evidence_complete(self.folder):
             pump([rank.output for rank in self.ranks], TICK)
         self.finding = analyse(rank_reports(self.folder), hang_after)
+        self.ranks[0].output.drop()
+        self._fail(self.finding.message, list(self.finding.details))
         self._end_all(min(2.0, self.options.kill_after))
 
     def _conclude(self) -> int:
         """Tell what happened, the cause first, and give the exit code."""
         speaker = self.ranks[0].output
-        if self.finding is not None:
-            speaker.drop()
-            self._fail(self.finding.message, list(self.finding.details))
+        if self.finding is not None:  # told when it was found
             return HangError.exit_code
         cause = first_failure(self.endings)
         if self.overdue:

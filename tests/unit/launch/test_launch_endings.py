@@ -38,6 +38,19 @@ def test_a_lost_connection_is_never_the_cause_while_there_is_another() -> None:
     assert first_failure([echo]) is echo
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "error: unexpected RuntimeError: another rank failed while it prepared what all share; its error is elsewhere",
+        "error: rank 0 failed: DataError: no text",
+        "error: rank 1 (host a) died, or gave up waiting for another rank (Connection ...)",
+        "[rank1]: trainwright.trainer.together.FollowedError: rank 0 failed: x",
+    ],
+)
+def test_our_own_ranks_say_that_they_follow(text: str) -> None:
+    assert is_consequence(Ending(1, 1, 10.0, 9.9, text))
+
+
 def test_a_killed_rank_is_a_cause_whatever_it_wrote_before() -> None:
     echo = Ending(0, 1, 10.0, 9.9, GLOO)
     killed = Ending(1, -signal.SIGKILL, 10.2, None, GLOO)
