@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import nn
 
 from trainwright.base.errors import ConfigError
 from trainwright.comm import Ranks
 from trainwright.comm.mesh import Layout
 from trainwright.config import CommSection, MemorySection, ParallelSection, PrecisionSection
-from trainwright.engine.precision import Precision, keep_residual_fp32, wire_type
+from trainwright.engine.precision import Precision, cast_model, compute_in_fp32, keep_residual_fp32, wire_type
 from trainwright.memory import ActivationOffload, apply_recompute
 from trainwright.models import Decoder
 from trainwright.optim import GroupedOptimizer, StepInBackward
 from trainwright.parallel import DataParallel, ZeroOptions, apply_zero, find_blocks
 
-__all__ = ["divide", "modules_named", "recompute", "release_gradients"]
+__all__ = ["divide", "hold", "modules_named", "recompute", "release_gradients"]
 
 
 def modules_named(model: nn.Module, patterns: tuple[str, ...]) -> set[nn.Module]:
@@ -33,6 +34,17 @@ def modules_named(model: nn.Module, patterns: tuple[str, ...]) -> set[nn.Module]
             raise ConfigError(f"precision.keep_fp32 {pattern!r} matches no module", hint=f"modules: {names}, ...")
         found |= matches
     return found
+
+
+def hold(model: nn.Module, policy: Precision, section: PrecisionSection, ranks: Ranks) -> None:
+    """Hold the model's parameters in the policy's type, except those of modules that are kept in fp32 throughout."""
+    kept = modules_named(model, section.keep_fp32)
+    cast_model(model, policy, kept)
+    if policy.compute_dtype == torch.float32:
+        return
+    inside = {inner for module in kept for inner in module.modules() if inner is not module}
+    for module in kept - inside:
+        compute_in_fp32(module, policy, ranks.device.type)
 
 
 def recompute(model: nn.Module, section: MemorySection, ranks: Ranks) -> None:

@@ -31,13 +31,13 @@ from trainwright.config import (
     load_engine_config,
     resolve_batch,
 )
-from trainwright.engine.assemble import divide, modules_named, recompute, release_gradients
+from trainwright.engine.assemble import divide, hold, recompute, release_gradients
 from trainwright.engine.client import ClientOptimizer, names_of, point_at
 from trainwright.engine.engine import Optimizer
 from trainwright.engine.loader import EngineLoader
 from trainwright.engine.options import learning_rate_multiplier, optimizer_options, scaler_options
 from trainwright.engine.own_loop import OwnLoopEngine
-from trainwright.engine.precision import Precision, cast_model, precision
+from trainwright.engine.precision import Precision, precision
 from trainwright.engine.weigh import refuse_too_large
 from trainwright.memory import place_state
 from trainwright.optim import GroupedOptimizer, LossScaler, build_optimizer
@@ -185,7 +185,7 @@ def _prepare_model(
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter in wanted)
     model.to(ranks.device)
-    cast_model(model, policy, modules_named(model, settings.precision.keep_fp32))
+    hold(model, policy, settings.precision, ranks)
     synchronise(model, ranks)
     recompute(model, settings.memory, ranks)
     return names_of(model)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from trainwright.base.errors import ConfigError
 from trainwright.models import Decoder
 
-__all__ = ["PRECISIONS", "Precision", "cast_model", "keep_residual_fp32", "precision", "wire_type"]
+__all__ = ["PRECISIONS", "Precision", "cast_model", "compute_in_fp32", "keep_residual_fp32", "precision", "wire_type"]
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,6 +85,27 @@ def cast_model(model: nn.Module, policy: Precision, keep: set[nn.Module]) -> Non
         for parameter in module._parameters.values():
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
+
+
+def compute_in_fp32(module: nn.Module, policy: Precision, device_type: str) -> None:
+    """Let the forward pass of `module` run in fp32 whatever the policy: inputs are cast and autocast is off.
+
+    Outputs stay fp32 under autocast, whose next operation casts them; without autocast they get the policy's type back.
+    """
+    forward = module.forward
+    back = None if policy.parameter_dtype == torch.float32 else policy.parameter_dtype
+
+    def cast(value: object, dtype: torch.dtype) -> object:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    @functools.wraps(forward)
+    def in_fp32(*inputs: Any, **named: Any) -> Any:
+        inputs, named = tree_map(lambda value: cast(value, torch.float32), (inputs, named))
+        with torch.autocast(device_type, enabled=False):
+            output = forward(*inputs, **named)
+        return output if back is None else tree_map(lambda value: cast(value, back), output)
+
+    module.forward = in_fp32
 
 
 def keep_residual_fp32(model: Decoder) -> None:

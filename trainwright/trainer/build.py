@@ -22,7 +22,7 @@ from trainwright.engine import (
     precision,
     scaler_options,
 )
-from trainwright.engine.assemble import divide, recompute, release_gradients
+from trainwright.engine.assemble import divide, hold, recompute, release_gradients
 from trainwright.memory import place_state
 from trainwright.models import Decoder, build_model, load_pretrained
 from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
@@ -51,6 +51,7 @@ def build(
     _set_determinism(recipe, settled.device)
     policy = precision(recipe.precision.name)
     model = _build_model(settled, policy)
+    hold(model, policy, recipe.precision, ranks)
     recompute(model, recipe.memory, ranks)
     if recipe.train.compile:
         compile_blocks(model)
@@ -134,13 +135,16 @@ def _set_determinism(recipe: Recipe, device: torch.device) -> None:
 
 
 def _build_model(settled: Settled, policy: Precision) -> Decoder:
+    # Parts that are kept in fp32 must not have been rounded before.
+    kept = settled.loaded.recipe.precision.keep_fp32
+    dtype = torch.float32 if kept else policy.parameter_dtype
     if settled.pretrained is not None:
-        model = load_pretrained(settled.pretrained, dtype=policy.parameter_dtype).to(settled.device)
+        model = load_pretrained(settled.pretrained, dtype=dtype).to(settled.device)
     else:
         model = build_model(
             settled.model_config,
             device=settled.device,
-            dtype=policy.parameter_dtype,
+            dtype=dtype,
             seed=settled.loaded.recipe.train.seed,
         )
     model.set_attention_backend(settled.loaded.recipe.model.attention)
