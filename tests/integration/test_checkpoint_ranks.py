@@ -18,7 +18,7 @@ import torch.distributed as dist
 from trainwright.base.errors import CheckpointError, RunInUseError
 from trainwright.base.events import Record, listening
 from trainwright.base.faults import FAULTS_VARIABLE, registered_points
-from trainwright.checkpoint import Checkpointer, RunLock, list_checkpoints, verify
+from trainwright.checkpoint import Checkpointer, RunLock, list_checkpoints, load_checkpoint, load_latest, verify
 from trainwright.comm import Ranks
 
 # Children are forked from a server that has torch loaded and has never computed: no child imports it again.
@@ -47,7 +47,7 @@ def _enter(function: Callable[..., Any], rank: int, world: int, meeting: str, se
 
 
 def run(function: Callable[..., Any], world: int, folder: Path, *args: Any, seconds: float = 20.0) -> list[Any]:
-    """What each rank returned or raised; None for one that was killed."""
+    """What each rank returned; None for one that was killed."""
     meeting = folder.parent / f"meeting-{time.monotonic_ns()}"
     children = []
     for rank in range(world):
@@ -72,6 +72,9 @@ def run(function: Callable[..., Any], world: int, folder: Path, *args: Any, seco
         for process, _ in children:
             process.kill()
             process.join()
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors:  # a rank that fails makes others fail: the cause comes first
+        raise sorted(errors, key=lambda error: isinstance(error, RuntimeError))[0]
     return results
 
 
@@ -245,7 +248,8 @@ def test_a_flipped_bit_in_each_file(tmp_path: Path) -> None:
     newest = folder / "step-2"
     files = sorted(path.name for path in newest.iterdir())
     assert files == ["data-00000-000.bin", "data-00001-000.bin", "manifest.json"]
-    for seen in run(load_with_flipped_bits, 2, folder, files):
+    sizes = {name: (newest / name).stat().st_size for name in files}
+    for seen in run(load_with_flipped_bits, 2, folder, sizes):
         assert len(seen) > 30
         for file, at, step, warning, saw in seen:
             assert step == 1, (file, at)
@@ -259,13 +263,12 @@ def save_two(ranks: Ranks, folder: str) -> None:
             checkpointer.save(step, state_of(ranks, step), {"step": step}, required=True)
 
 
-def load_with_flipped_bits(ranks: Ranks, folder: str, files: list[str]) -> Any:
+def load_with_flipped_bits(ranks: Ranks, folder: str, sizes: dict[str, int]) -> Any:
     """Flip one bit at several places of each file in turn; both ranks must take step 1, and the warning names why."""
     seen = []
     with Checkpointer(folder, ranks=ranks) as checkpointer:
-        for name in files:
+        for name, size in sizes.items():
             path = Path(folder) / "step-2" / name
-            size = path.stat().st_size
             for at in [*range(0, size, size // 12 + 1), size - 1]:
                 if ranks.is_first:
                     flip(path, at)
@@ -328,6 +331,20 @@ def save_while_training(ranks: Ranks, folder: str) -> None:
         checkpointer.wait()
 
 
+def test_checkpointers_come_and_go_without_leaving_sockets(tmp_path: Path) -> None:
+    for first, last in run(open_and_close, 2, tmp_path / "checkpoints"):
+        assert last <= first + 2
+
+
+def open_and_close(ranks: Ranks, folder: str) -> tuple[int, int]:
+    counts = []
+    for step in range(12):
+        with Checkpointer(folder, ranks=ranks) as checkpointer:
+            checkpointer.save(step, state_of(ranks, step), required=True)
+        counts.append(len(os.listdir("/proc/self/fd")))
+    return counts[1], counts[-1]
+
+
 # --- what the ranks must agree on -------------------------------------------------------------------------------------
 
 
@@ -346,6 +363,36 @@ def test_ranks_that_do_not_have_one_state_are_refused_by_name(tmp_path: Path) ->
     assert values == 0
     assert "rank 0 on " in lost_lock
     assert "RunInUseError" in lost_lock
+
+
+def test_a_rank_that_wants_something_else_stops_all_before_anything_is_read(tmp_path: Path) -> None:
+    run(save_two, 2, tmp_path / "checkpoints")
+    messages = run(load_something_else, 2, tmp_path / "checkpoints")
+    assert messages[0] == messages[1]
+    for message in messages[0]:
+        assert "rank 1 on " in message
+        assert "rank 0 on " not in message
+        assert "model/plain.0: the checkpoint has float32 [50, 10], wanted float32 [50, 11]" in message
+        assert "model/more: the checkpoint has nothing of this name, wanted float32 [1]" in message
+        assert "model/plain.1: the checkpoint has float32 [50, 11], wanted nothing of this name" in message
+
+
+def load_something_else(ranks: Ranks, folder: str) -> list[str]:
+    like = state_of(ranks, 0)
+    if ranks.rank == 1:
+        like["model"] |= {"plain.0": torch.ones(50, 11), "more": torch.ones(1)}
+        del like["model"]["plain.1"]
+    told = []
+    os.environ[FAULTS_VARIABLE] = "load.before_read:raise"
+    for load in (
+        lambda: load_checkpoint(Path(folder) / "step-2", like=like, ranks=ranks),
+        lambda: load_latest(folder, like=like, ranks=ranks),
+    ):
+        try:
+            load()
+        except CheckpointError as error:
+            told.append(str(error))
+    return told
 
 
 def save_different_states(ranks: Ranks, folder: str) -> list[Any]:

@@ -140,7 +140,7 @@ def load_and_save(rank: int, world: int, folder: str, step: int, asynchronous: b
     return step
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_reshard(tmp_path: Path, asynchronous: bool) -> None:
     for step, world in enumerate((4, 2, 3, 1, 3, 2), start=1):
         assert run_ranks(load_and_save, world, str(tmp_path), step, asynchronous) == [step] * world

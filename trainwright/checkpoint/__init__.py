@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from trainwright.checkpoint.loading import Loaded, load_checkpoint, load_latest
     from trainwright.checkpoint.lock import RunLock
     from trainwright.checkpoint.reader import CheckpointReader
+    from trainwright.checkpoint.saving import Saved, save_checkpoint
     from trainwright.checkpoint.tensors import Piece
     from trainwright.checkpoint.verification import Problem, VerifyReport, verify
-    from trainwright.checkpoint.writer import Attempt, RankFiles, Saved, save_checkpoint, write_pieces
+    from trainwright.checkpoint.writer import Attempt, RankFiles, write_pieces
 
 __all__ = [
     "Attempt",
@@ -53,7 +54,7 @@ _HOME = {
     "Problem": "verification",
     "RankFiles": "writer",
     "RunLock": "lock",
-    "Saved": "writer",
+    "Saved": "saving",
     "VerifyReport": "verification",
     "expected_overhead": "interval",
     "latest": "discovery",
@@ -61,7 +62,7 @@ _HOME = {
     "load_checkpoint": "loading",
     "load_latest": "loading",
     "recommended_interval": "interval",
-    "save_checkpoint": "writer",
+    "save_checkpoint": "saving",
     "verify": "verification",
     "write_pieces": "writer",
 }

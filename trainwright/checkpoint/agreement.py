@@ -6,6 +6,7 @@ training, and one rank that died or hangs is known by its number. Every wait end
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -47,10 +48,12 @@ class Agreement:
     Args:
         ranks: what `Ranks.separate` gives. Its timeout is how long rank 0 waits for a rank that is alive but silent;
             one that died is noticed at once.
+        own: the group is used by nobody else, and `close` ends it.
     """
 
-    def __init__(self, ranks: Ranks = ALONE) -> None:
+    def __init__(self, ranks: Ranks = ALONE, *, own: bool = False) -> None:
         self.ranks = ranks
+        self._own = own
         self._hosts = ranks.all_gather_json(socket.gethostname())
 
     @property
@@ -61,6 +64,13 @@ class Agreement:
     def name(self, rank: int) -> str:
         """A rank as people can find it."""
         return f"rank {rank} on {self._hosts[rank]}"
+
+    def close(self) -> None:
+        """Give back the sockets of the group, if it is one of our own and still there."""
+        if self.ranks.world > 1 and self._own and dist.is_initialized():
+            self._own = False
+            with contextlib.suppress(ValueError):  # everything was torn down before us
+                dist.destroy_process_group(self.ranks.host_group)
 
     # --- messages ---
 

@@ -22,11 +22,11 @@ from trainwright.checkpoint.agreement import Agreement, Cancelled, RankLost
 from trainwright.checkpoint.lock import RunLock
 from trainwright.checkpoint.plan import Planner, pieces_of
 from trainwright.checkpoint.retention import apply_retention, collect_litter, set_aside_after
+from trainwright.checkpoint.saving import Saved, write_together
 from trainwright.checkpoint.snapshot import HostSnapshot
 from trainwright.checkpoint.tensors import Piece
 from trainwright.checkpoint.tree import Json, Leaves, leaves_of, plain_tree, with_names
 from trainwright.checkpoint.validation import step_of
-from trainwright.checkpoint.writer import Saved, write_together
 from trainwright.comm import ALONE, Ranks
 
 __all__ = ["Checkpointer"]
@@ -106,7 +106,7 @@ class Checkpointer:
         if ranks.is_first:
             self._collect_litter()
         # Saves have a group of their own: their thread must never meet a collective of training.
-        self._agreement = Agreement(ranks.separate())
+        self._agreement = Agreement(ranks.separate(), own=True)
         self._planner = Planner(self._agreement)
         _open_checkpointers.add(self)
 
@@ -221,7 +221,8 @@ class Checkpointer:
     def close(self, deadline_seconds: float = EXIT_DEADLINE_SECONDS) -> bool:
         """Wait for the save in flight, but no longer than the deadline; then stop it. Returns whether nothing was lost.
 
-        A save that was stopped leaves nothing behind and emits `checkpoint.failed`. Closing twice is fine.
+        A save that was stopped leaves nothing behind and emits `checkpoint.failed`. Closing twice is fine. Of several
+        ranks all close; one that is stopped stops the save of all.
         """
         self._closed = True
         _open_checkpointers.discard(self)
@@ -231,6 +232,7 @@ class Checkpointer:
             self._join(1.0)
         if not self.is_busy:
             self._snapshot.release()
+            self._agreement.close()
         return self._error is None and not self.is_busy
 
     def __enter__(self) -> Checkpointer:

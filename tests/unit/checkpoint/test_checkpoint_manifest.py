@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint.manifest import encode_manifest, parse_manifest
+from trainwright.checkpoint.saving import save_checkpoint
 from trainwright.checkpoint.storage import hash_bytes
-from trainwright.checkpoint.writer import save_checkpoint
 
 HEAD = b'{"self_hash":"'
 
