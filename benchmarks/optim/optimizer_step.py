@@ -9,6 +9,7 @@ takes (8 bytes each): AdamW has to read and write 28 bytes a parameter, so 3.5 c
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from trainwright.ops.cpu_runtime import tune_cpu_runtime
 from trainwright.optim import OptimizerOptions, build_optimizer, clip_factor, clip_gradients, gradient_norm
-from trainwright.optim.options import NAMES
+from trainwright.optim.options import HALF_UPDATES, NAMES
 
 HIDDEN, LAYERS, VOCABULARY, INTERMEDIATE = 512, 8, 8192, 1408
 TOKENS = 4096
@@ -40,6 +42,14 @@ def parameters() -> list[tuple[str, nn.Parameter]]:
     return made
 
 
+def in_bf16(named: list[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    made = [(name, nn.Parameter(parameter.detach().bfloat16())) for name, parameter in named]
+    for (_, parameter), (_, original) in zip(made, named, strict=True):
+        assert original.grad is not None
+        parameter.grad = original.grad.bfloat16()
+    return made
+
+
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
@@ -57,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
+    tune_cpu_runtime()  # as every run does
     named = parameters()
     weights = [parameter for _, parameter in named]
     count = sum(weight.numel() for weight in weights)
@@ -87,9 +98,15 @@ def main() -> None:
         },
         rounds,
     )
+    halves = in_bf16(named)
+    ways = {way: build_optimizer(halves, OptimizerOptions(lr=1e-5, half_update=way)) for way in HALF_UPDATES}
+    alternate({f"AdamW, bf16 weights, {way}": optimizer.step for way, optimizer in ways.items()}, rounds)
+    del halves, ways
     for name in NAMES[1:]:
+        if name == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+            continue
         optimizer = build_optimizer(named, OptimizerOptions(name=name, lr=1e-6))
-        alternate({f"{name}, without clipping": optimizer.step}, 3 if name == "muon" else rounds)
+        alternate({f"{name}, without clipping": optimizer.step}, 3 if name in ("muon", "adamw_8bit") else rounds)
         del optimizer
 
 

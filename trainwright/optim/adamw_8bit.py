@@ -122,7 +122,7 @@ def _update_blocks(group: Group, item: Item, gradient_factor: Tensor | None) -> 
     beta1, beta2 = group["betas"]
     step = item.state["step"]
     first, second = 1 - beta1**step, (1 - beta2**step).sqrt()
-    rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+    rate = torch.full((), float(group["lr"]), device=device)  # filled there: a copy from the host would wait
     # All numbers that change from step to step are tensors, so that a compiled step is compiled once.
     scalars = [rate / first, second, 1 - rate * group["weight_decay"], torch.ones_like(rate)]
     if gradient_factor is not None:

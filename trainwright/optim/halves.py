@@ -18,7 +18,7 @@ from trainwright.base.seeds import derive_seed
 from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
 from trainwright.optim.rounding import round_stochastically
 
-__all__ = ["HALVES", "initial_state", "open_weights", "write_back"]
+__all__ = ["HALVES", "follow_weights", "initial_state", "open_weights", "write_back"]
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -45,6 +45,14 @@ def initial_state(local: Tensor, group: Group, algorithm: Algorithm) -> Paramete
 
 def _as_fp32(local: Tensor) -> Tensor:
     return torch.empty_like(local, dtype=torch.float32)  # for its form; nothing is written or read
+
+
+def follow_weights(local: Tensor, state: ParameterState) -> None:
+    """Bring what the state knows of a parameter's weights in line with them: they came from somewhere else."""
+    if MASTER in state:
+        state[MASTER].copy_(local)
+    if COMPENSATION in state:
+        state[COMPENSATION].zero_()
 
 
 def open_weights(local: Tensor, state: ParameterState) -> Tensor:

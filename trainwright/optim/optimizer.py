@@ -16,14 +16,16 @@ from torch import Tensor
 from trainwright.base.errors import CheckpointError
 from trainwright.base.protocols import StateDict
 from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
-from trainwright.optim.halves import HALVES, initial_state, open_weights, write_back
+from trainwright.optim.halves import HALVES, follow_weights, initial_state, open_weights, write_back
 from trainwright.optim.shard import local_part, shard_of
 from trainwright.optim.state import loadable, present, refuse_other_names
 
 __all__ = ["GroupedOptimizer"]
 
-BATCH_ELEMENTS = 1 << 26
-"""Numbers of this rank that are updated together where an update needs temporary copies (gradients as fp32)."""
+BATCH_ELEMENTS = {"cpu": 1 << 20}
+LARGEST_BATCH = 1 << 26
+"""Numbers of this rank that are updated together where an update makes temporary copies (fp32 gradients and weights):
+on CPUs few enough to stay in the cache."""
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
@@ -43,6 +45,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         for group in self.param_groups:
             group.setdefault("initial_lr", group["lr"])
+            group.setdefault("half_update", "master")
+            group.setdefault("rounding_seed", 0)
             for parameter in group["params"]:
                 shard_of(parameter)  # refuses placements that no algorithm here knows
 
@@ -135,10 +139,17 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def materialise_state(self) -> None:
         """Make the state of every parameter now, as the first update would.
 
-        An fp32 copy of half-precision parameters is made from the values that they have now: load weights before.
+        An fp32 copy of half-precision parameters is made from the values that they have now: load weights before, or
+        call `weights_changed` after.
         """
         for group, _, parameter in self._named():
             self._state_of(parameter, local_part(parameter), group, self.algorithms[group["algorithm"]])
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """Tell that parameters were loaded without this optimizer's state: copies of them in the state follow."""
+        for _, _, parameter in self._named():
+            follow_weights(local_part(parameter), self.state.get(parameter, {}))
 
     def state_dict(self) -> StateDict:
         """`{"parameters": {name: {key: tensor}}, "groups": [{"algorithm", "lr", "names"}], "steps"}`.
@@ -209,11 +220,12 @@ def _batches(parameters: list[Tensor], algorithm: Algorithm) -> Iterator[tuple[i
     if not algorithm.whole and all(p.dtype not in HALVES for p in parameters):
         yield 0, len(parameters)
         return
+    most = BATCH_ELEMENTS.get(parameters[0].device.type, LARGEST_BATCH)
     start = elements = 0
     for i, parameter in enumerate(parameters):
         shard = shard_of(parameter)
         size = parameter.numel() // (1 if shard is None else shard.ranks)
-        if i > start and elements + size > BATCH_ELEMENTS:
+        if i > start and elements + size > most:
             yield start, i
             start, elements = i, 0
         elements += size

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from trainwright.base.errors import ConfigError
 
-__all__ = ["NAMES", "OptimizerOptions", "Rule"]
+__all__ = ["HALF_UPDATES", "NAMES", "OptimizerOptions", "Rule"]
 
 NAMES = ("adamw", "sgd", "adafactor", "lion", "muon", "adamw_8bit")
+HALF_UPDATES = ("master", "kahan", "stochastic")
 ELEMENTWISE = ("adamw", "sgd", "lion", "adamw_8bit")
 
 # AdamW's beta2 = 0.95 is the usual choice for language models since GPT-3 (2005.14165); Lion's are its paper's.
@@ -107,7 +108,7 @@ class OptimizerOptions:
         _require(1 <= self.newton_schulz_steps < 100, "newton_schulz_steps", self.newton_schulz_steps, "1 to 99")
         _choose("lr_adjust", self.lr_adjust, ("match_rms_adamw", "original"))
         _choose("newton_schulz_dtype", self.newton_schulz_dtype, ("auto", "bfloat16", "float32"))
-        _choose("half_update", self.half_update, ("master", "kahan", "stochastic"))
+        _choose("half_update", self.half_update, HALF_UPDATES)
         if self.half_update != "master" and self.name not in ELEMENTWISE:
             raise ConfigError(
                 f"optimizer {self.name} cannot update bf16 parameters by {self.half_update!r}",

@@ -152,6 +152,20 @@ def test_random_rounding_depends_on_seed_step_and_name_only() -> None:
     assert not torch.equal(first, after(1, ("a", "b"), 1)[0])
 
 
+@pytest.mark.parametrize("update", UPDATES)
+def test_weights_that_are_loaded_alone_are_trained_on(update: str) -> None:
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = build_optimizer([("w", weight)], options("sgd", update, lr=2**-12, momentum=0.0, weight_decay=0.0))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with torch.no_grad():
+        weight.fill_(5.0)
+    optimizer.weights_changed()
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, torch.full_like(weight, 5.0))
+
+
 def test_impossible_combinations_are_refused() -> None:
     for name in ("muon", "adafactor"):
         with pytest.raises(ConfigError, match=f"optimizer {name} cannot update bf16 parameters by 'kahan'"):

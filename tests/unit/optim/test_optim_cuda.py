@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from trainwright.optim import EMA, OptimizerOptions, build_optimizer, clip_factor, clip_gradients, gradient_norm
 from trainwright.optim.options import NAMES
 
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+OPTIMIZERS = [pytest.param(name, marks=needs_torchao if name == "adamw_8bit" else ()) for name in NAMES]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -38,7 +41,7 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gpu_and_cpu_agree(name: str) -> None:
     results = []
     for device in ("cpu", "cuda"):
@@ -50,10 +53,11 @@ def test_gpu_and_cpu_agree(name: str) -> None:
             optimizer.step(gradient_factor=clip_factor(gradient_norm(trained.parameters()), 1.0, scale=0.1))
         results.append([p.detach().cpu() for p in trained.parameters()])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        # A moment near the middle of two codes may become either: 2 % of an update of 0.01.
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-3 if name == "adamw_8bit" else 1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_bitwise(name: str, dtype: torch.dtype) -> None:
     options = OptimizerOptions(name=name, lr=0.01)
@@ -78,7 +82,7 @@ def test_resume_is_bitwise(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_does_not_wait_for_the_gpu(name: str) -> None:
     trained = model()
     optimizer = build_optimizer(trained.named_parameters(), OptimizerOptions(name=name, lr=0.01))
