@@ -181,6 +181,8 @@ class Heartbeat:
             finding = analyse(reports, self.hang_after)
             lines = [f"error: {finding.message}", *finding.details, *lines]
         _warn("\n".join(lines))
+        if speaker != self.rank:
+            time.sleep(2 * EVIDENCE_SECONDS)  # the first rank to end ends the job: the one that explains it
         os._exit(HangError.exit_code)
 
 
