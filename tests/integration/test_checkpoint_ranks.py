@@ -18,7 +18,15 @@ import torch.distributed as dist
 from trainwright.base.errors import CheckpointError, RunInUseError
 from trainwright.base.events import Record, listening
 from trainwright.base.faults import FAULTS_VARIABLE, registered_points
-from trainwright.checkpoint import Checkpointer, RunLock, list_checkpoints, load_checkpoint, load_latest, verify
+from trainwright.checkpoint import (
+    Checkpointer,
+    RunLock,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+    verify,
+)
 from trainwright.comm import Ranks
 
 # Children are forked from a server that has torch loaded and has never computed: no child imports it again.
@@ -432,3 +440,54 @@ def save_different_states(ranks: Ranks, folder: str) -> list[Any]:
         failing(lambda: checkpointer.save(8, state_of(ranks, 8), required=True))
         assert sorted(os.listdir(Path(folder) / "saves")) == ["step-7"]
     return told
+
+
+# --- meshes of two dimensions -----------------------------------------------------------------------------------------
+
+
+def test_meshes_of_two_dimensions_to_one_process_and_back(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    run(save_on_a_mesh, 4, folder, 1)
+    state, _ = load_checkpoint(folder / "step-1")
+    for name, tensor in state["model"].items():
+        assert torch.equal(tensor, mesh_values()[name]), name
+    save_checkpoint(folder, 2, state)
+    run(save_on_a_mesh, 4, folder, 3)
+    assert verify(folder / "step-3").ok
+
+
+def mesh_values() -> dict[str, torch.Tensor]:
+    names = ("rows and columns", "replicated rows", "rows twice", "all")
+    return {name: torch.arange(11.0 * 7).view(11, 7) + 100 * i for i, name in enumerate(names)}
+
+
+def save_on_a_mesh(ranks: Ranks, folder: str, step: int) -> None:
+    """Save what tensor parallelism and FSDP2 make of tensors; at a later step, load it first."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    placements: dict[str, Any] = {
+        "rows and columns": (Shard(0), Shard(1)),
+        "replicated rows": (Replicate(), Shard(0)),
+        "rows twice": (_StridedShard(0, split_factor=2), Shard(0)),
+        "all": (Replicate(), Replicate()),
+    }
+    weights = {}
+    for name, whole in mesh_values().items():
+        local = whole
+        for size, index, placement in zip((2, 2), mesh.get_coordinate(), placements[name], strict=True):
+            if not placement.is_replicate():
+                local = placement._split_tensor(local, size, with_padding=False)[0][index]
+        weights[name] = DTensor.from_local(
+            local, mesh, placements[name], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+    if step > 1:
+        like = {"model": {name: weights[name] * 0 for name in weights}}
+        loaded = load_latest(folder, like=like, ranks=ranks)
+        assert loaded is not None
+        for name, tensor in loaded.state["model"].items():
+            assert tensor.placements == weights[name].placements
+            assert torch.equal(tensor.to_local(), weights[name].to_local()), name
+    save_checkpoint(folder, step, {"model": weights}, ranks=ranks)
