@@ -19,6 +19,9 @@ from trainwright.comm.traffic import Traffic
 
 __all__ = ["GradientSums", "WireGroup", "flat_parts", "sum_parts"]
 
+PIECE = 1 << 16
+"""Numbers that are added at a time: 256 KiB of fp32."""
+
 # torch 2.13 has a new name for it and warns of the old one; 2.11 knows only the old one.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
@@ -144,11 +147,16 @@ def _assign(output: Tensor, whole: Tensor) -> None:
 
 
 def sum_parts(parts: Tensor, output: Tensor) -> None:
-    """Sum `parts` [ranks, n] into `output` [n], in fp32 and in the order of ranks, whatever both types are."""
-    if output.dtype == torch.float32:
-        torch.sum(parts, dim=0, dtype=torch.float32, out=output)
-    else:
-        output.copy_(torch.sum(parts, dim=0, dtype=torch.float32))
+    """Sum `parts` [ranks, n] into `output` [n], in fp32 and in the order of ranks, whatever both types are.
+
+    A piece at a time: the fp32 copies that a sum of half-precision numbers makes then stay in the cache.
+    """
+    for begin in range(0, output.numel(), PIECE):
+        pieces = parts[:, begin : begin + PIECE]
+        total = pieces[0].float() if pieces.dtype != torch.float32 else pieces[0].clone()
+        for piece in pieces[1:]:
+            total += piece
+        output[begin : begin + PIECE].copy_(total)
 
 
 def flat_parts(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:

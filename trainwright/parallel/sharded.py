@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultAllocMixin
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from trainwright.comm.collectives import GradientSums, WireGroup
@@ -43,7 +43,7 @@ class _CountedGather(DefaultAllGather):
         return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
-class _WireScatter(DefaultAllocMixin, ReduceScatter):
+class _WireScatter(ReduceScatter):
     """The reduce-scatter of one FSDP2 module over our own collectives; one object for each module."""
 
     def __init__(self, module: FSDPModule, sums: GradientSums, shards: WireGroup, replicas: WireGroup) -> None:
@@ -51,10 +51,21 @@ class _WireScatter(DefaultAllocMixin, ReduceScatter):
         self._shards = shards
         self._replicas = replicas
         self._parameters = [p for p in _own_parameters(module) if p.requires_grad]
+        self._next_is_sent = True
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer for FSDP2: first that of whole gradients, which are sent, then that of this rank's sums.
+
+        Gradients are gathered in the type in which they travel: through fp32 they would be written twice as large only
+        to be rounded.
+        """
+        self._next_is_sent = not self._next_is_sent
+        return torch.empty(*size, dtype=dtype if self._next_is_sent else self._shards.wire, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
+        assert input_tensor.dtype == self._shards.wire, "FSDP2 asks for the buffer of whole gradients first"
         if self._replicas.size == 1:
             self._sums.reduce_scatter(output_tensor, input_tensor, self._shards, owner=self)
         else:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 from trainwright.base.events import emit
+from trainwright.launch import launched
 
 __all__ = ["StopRequest"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+ECHO_SECONDS = 5.0
+"""In a launched world, the same stop may arrive twice within this time."""
 
 
 class StopRequest:
@@ -24,6 +29,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._asked_at = 0.0
         self._previous: dict[int, object] = {}
 
     def request(self, reason: str) -> None:
@@ -50,7 +56,10 @@ class StopRequest:
         name = signal.Signals(number).name
         if self.requested is None:
             self.requested = name
+            self._asked_at = time.monotonic()
             emit("warning", message=f"{name}: saving at the end of this step, then leaving; once more to leave at once")
             return
+        if launched() and time.monotonic() - self._asked_at < ECHO_SECONDS:
+            return  # a scheduler signals every process, and the launcher passes the same signal on
         self._restore()
         os.kill(os.getpid(), number)
