@@ -16,10 +16,27 @@ from torch import Tensor
 from trainwright.memory.meter import local_tensor
 from trainwright.memory.state_file import ALIGNMENT, round_up
 
-__all__ = ["Bucket", "Optimizer", "Piece", "Placed", "Unit", "is_small", "plan_buckets", "plan_pieces", "shadow"]
+__all__ = [
+    "HALVES",
+    "OVERRIDDEN",
+    "Bucket",
+    "Optimizer",
+    "Piece",
+    "Placed",
+    "Unit",
+    "is_small",
+    "plan_buckets",
+    "plan_pieces",
+    "shadow",
+]
 
 SMALLEST_BYTES = 4096
 """Smaller state (step counters, rows of factored statistics) stays in memory."""
+
+HALVES = (torch.bfloat16, torch.float16)
+
+OVERRIDDEN = ("step", "step_part", "state_dict", "load_state_dict", "weights_changed")
+"""Methods of an optimizer that `PlacedState` stands in for."""
 
 SLICE_ELEMENTS = 1 << 14  # slices are multiples of this: 16 KiB at the least, so that every cut is aligned
 
@@ -57,24 +74,22 @@ class Piece:
 class Placed:
     """One parameter whose state lives elsewhere.
 
-    whole: its algorithm needs it in one piece.
+    whole: its algorithm looks at more than this rank's part of it.
+    cuttable: its numbers can be updated in slices, each with its share of every piece.
     pieces: its large state tensors.
     """
 
+    name: str
     parameter: Tensor
     group: int
     whole: bool
+    cuttable: bool
     pieces: list[Piece]
 
     @property
     def local(self) -> Tensor:
         """What this rank holds of it."""
         return local_tensor(self.parameter).detach()
-
-    @property
-    def cuttable(self) -> bool:
-        count = self.local.numel()
-        return not self.whole and all(piece.shape.numel() == count for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -149,20 +164,25 @@ def plan_pieces(optimizer: Optimizer) -> tuple[list[Placed], int]:
     offset = 0
     for index, group in enumerate(optimizer.param_groups):
         whole = bool(optimizer.algorithms[group["algorithm"]].whole)
-        for parameter in group["params"]:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
             local = local_tensor(parameter).detach()
             if not local.is_contiguous():
                 continue
             ghost = torch.empty_like(local, device="meta")
-            states = shadow(optimizer, {index: [ghost]}, {})
+            states = shadow(optimizer, {index: [(name, ghost)]}, {})
             states.materialise_state()
             pieces = []
+            # A number's state must be found by its place, and stochastic rounding asks where a number stands.
+            cuttable = not whole and not (local.dtype in HALVES and group["half_update"] == "stochastic")
             for key, tensor in states.state[ghost].items():
                 if not is_small(tensor):
                     pieces.append(Piece(key, tensor.shape, tensor.dtype, offset))
                     offset += round_up(pieces[-1].size)
+                    cuttable = cuttable and tensor.numel() == local.numel()
+                elif tensor.ndim > 0:
+                    cuttable = False
             if pieces or whole:
-                placed.append(Placed(parameter, index, whole, pieces))
+                placed.append(Placed(name, parameter, index, whole, cuttable, pieces))
     return placed, offset
 
 
@@ -196,16 +216,22 @@ def _units(one: Placed, bucket_bytes: int) -> list[Unit]:
     return [Unit(one, start, min(start + each, count)) for start in range(0, count, each)]
 
 
-def shadow(optimizer: Optimizer, parameters: dict[int, list[Tensor]], state: dict[Tensor, dict[str, Tensor]]) -> Any:
-    """The same optimizer over other tensors: `parameters` by group index, with `state`.
+def shadow(
+    optimizer: Optimizer, parameters: dict[int, list[tuple[str, Tensor]]], state: dict[Tensor, dict[str, Tensor]]
+) -> Any:
+    """The same optimizer over other tensors: `parameters` by group index, with their names, and `state`.
 
     It shares options and algorithms with the original, so that an update of a slice is the original's own update.
     """
     twin = object.__new__(type(optimizer))
-    twin.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k not in ("step", "step_part")})
+    twin.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key not in OVERRIDDEN})
     twin.param_groups = [
-        {**optimizer.param_groups[index], "params": tensors, "param_names": [str(i) for i in range(len(tensors))]}
-        for index, tensors in parameters.items()
+        {
+            **optimizer.param_groups[index],
+            "params": [tensor for _, tensor in named],
+            "param_names": [name for name, _ in named],
+        }
+        for index, named in parameters.items()
     ]
     twin.state = _States(state)
     return twin

@@ -20,6 +20,8 @@ from trainwright.memory.meter import local_tensor
 from trainwright.memory.staging import CopiedStaging, DirectStaging, Staging
 from trainwright.memory.state_file import StateFile, aligned_buffer
 from trainwright.memory.state_layout import (
+    HALVES,
+    OVERRIDDEN,
     Bucket,
     Optimizer,
     Piece,
@@ -37,8 +39,6 @@ BUCKET_BYTES = 8 << 20
 """Of state in memory at once; three buckets are held. Measured, reads of 4 MiB and of 64 MiB are equally fast."""
 
 BUFFERS = 3  # one is read, one is updated, one is written
-
-_OVERRIDDEN = ("step", "step_part", "state_dict", "load_state_dict")
 
 
 def place_state(
@@ -88,8 +88,8 @@ class PlacedState:
         self._copied = device.type != "cpu" if staged is None else staged
         self._staging: Staging = CopiedStaging(device) if self._copied else DirectStaging()
         placed, file_bytes = plan_pieces(optimizer)
-        # Whole matrices are updated where their collectives run.
-        self._placed = [one for one in placed if not (self._copied and one.whole)]
+        # What cannot be cut is updated where it is: as a flat piece on the host it would be something else.
+        self._placed = [one for one in placed if one.cuttable or not self._copied]
         self.moved_bytes = sum(piece.size for one in self._placed for piece in one.pieces)
         self._buckets = plan_buckets(self._placed, bucket_bytes)
         moved = {id(one.parameter) for one in self._placed}
@@ -99,7 +99,7 @@ class PlacedState:
             for one in self._placed:
                 self._move(one)
         self._own: dict[str, Callable[..., Any]] = {}
-        for name in _OVERRIDDEN:
+        for name in OVERRIDDEN:
             self._own[name] = getattr(optimizer, name)
             setattr(optimizer, name, getattr(self, f"_{name}" if name != "step" else name))
 
@@ -172,6 +172,11 @@ class PlacedState:
         self._own["load_state_dict"](state)
         self._shown()
 
+    def _weights_changed(self) -> None:
+        self._forget()
+        self._own["weights_changed"]()
+        self._shown()
+
     # -- one bucket ----------------------------------------------------------------------------------------------------
 
     def _update(
@@ -181,10 +186,10 @@ class PlacedState:
         states: dict[Unit, dict[str, Tensor]],
         gradient_factor: Any,
     ) -> None:
-        by_group: dict[int, list[Tensor]] = {}
+        by_group: dict[int, list[tuple[str, Tensor]]] = {}
         state: dict[Tensor, dict[str, Tensor]] = {}
         for unit, tensor in parts:
-            by_group.setdefault(unit.placed.group, []).append(tensor)
+            by_group.setdefault(unit.placed.group, []).append((unit.placed.name, tensor))
             small = self._small(unit.placed)
             # Every slice counts the step from the same number; the last one's count stays.
             state[tensor] = {k: v.clone() for k, v in small.items()} if unit.is_slice else dict(small)
@@ -212,7 +217,7 @@ class PlacedState:
 
     def _made(self, local: Tensor, group: int) -> dict[str, Tensor]:
         """The first state of a parameter that holds `local`, on the host; zeros that will be moved are on "meta"."""
-        if local.dtype in (torch.bfloat16, torch.float16):
+        if local.dtype in HALVES:
             # Not zeros alone: a copy of the weights.
             return self._materialised(local.cpu() if self._copied else local, group)
         return {
@@ -221,7 +226,7 @@ class PlacedState:
         }
 
     def _materialised(self, local: Tensor, group: int) -> dict[str, Tensor]:
-        twin = shadow(self.optimizer, {group: [local]}, {})
+        twin = shadow(self.optimizer, {group: [("", local)]}, {})
         twin.materialise_state()
         made: dict[str, Tensor] = twin.state[local]
         return made

@@ -26,13 +26,19 @@ ACTIVATION_BYTES = {"none": 56.0, "selective": 26.0, "full": 2.0}
 """Kept for backward, bytes per token, layer and unit of width, in bf16 with fused attention; fp32 doubles them.
 
 none: 28 tensors of 2 bytes (measured on Llama-3.1-8B shapes). selective: the outputs of linear layers and attention
-(counted on the same shapes, benchmarks/memory/recompute.py). full: the block's input."""
+(25.2 counted on the same shapes, benchmarks/memory/recompute.py). full: the block's input."""
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "lion": 4.0, "sgd": 4.0, "muon": 5.0, "adafactor": 0.1}
+WIDE_INPUT_BYTES = 4.0
+"""full, where autocast leaves embeddings and with them the residual stream in fp32."""
+
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.05, "lion": 4.0, "sgd": 4.0, "muon": 5.0, "adafactor": 0.1}
 """fp32 moments in bytes per parameter: AdamW two; Lion, SGD with momentum and Muon one; Adafactor almost none."""
 
 PURE_UPDATE_BYTES = {"master": 4.0, "kahan": 2.0, "stochastic": 0.0}
 """Beside pure bf16 weights the optimizer keeps an fp32 copy, a bf16 compensation, or nothing."""
+
+AUTOCAST = frozenset({"bf16", "fp16", "fp8"})
+"""Policies that hold fp32 parameters and, on one rank or replicated, cast them as they are used."""
 
 IN_FLIGHT = 2  # blocks that are gathered, or whose gradients travel, at once: the current one and the next
 DISK_BUFFERS = 3 * (8 << 20)  # memory.BUCKET_BYTES of state on disk are in memory three times
@@ -221,6 +227,9 @@ def _activations(model: ModelFacts, settings: MemorySettings) -> tuple[int, int]
     every = settings.recompute if isinstance(settings.recompute, int) else 1
     kind = "full" if isinstance(settings.recompute, int) else settings.recompute
     plain, reduced = ACTIVATION_BYTES["none"], ACTIVATION_BYTES[kind]
+    sharded = settings.zero > 0 and settings.shard > 1
+    if kind == "full" and settings.precision in AUTOCAST and not sharded:
+        reduced = WIDE_INPUT_BYTES
     again = -(-model.layers // every) if kind != "none" else 0
     kept = unit * ((model.layers - again) * plain + again * reduced)
     # The block that is computed again holds everything it made for a moment.

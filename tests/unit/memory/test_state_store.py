@@ -27,18 +27,19 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(1500, 96)
-        self.up = nn.Linear(96, 333)
+        self.embed_tokens = nn.Embedding(1500, 128)
+        self.up = nn.Linear(128, 333)
         self.norm = nn.LayerNorm(333)
         self.wide = nn.Parameter(torch.randn(3001))
-        self.down = nn.Linear(333, 96, bias=False)
+        self.down = nn.Linear(333, 128, bias=False)
         self.unused = nn.Linear(64, 64)
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[Net, GroupedOptimizer]:
+def build(name: str, dtype: torch.dtype = torch.float32, half_update: str = "master") -> tuple[Net, GroupedOptimizer]:
     torch.manual_seed(3)
     net = Net().to(dtype)
-    return net, build_optimizer(net.named_parameters(), OptimizerOptions(name=name, lr=0.01, weight_decay=0.1))
+    options = OptimizerOptions(name=name, lr=0.01, weight_decay=0.1, half_update=half_update)
+    return net, build_optimizer(net.named_parameters(), options)
 
 
 def give_gradients(net: Net, step: int) -> None:
@@ -90,6 +91,45 @@ def test_state_on_disk_is_bitwise_equal_to_memory(name: str, dtype: torch.dtype,
     placed.close()
     for net, optimizer in (plain, other):
         run(net, optimizer, range(6, 7))
+    assert_same(plain, other)
+
+
+@pytest.mark.parametrize("half_update", ["kahan", "stochastic"])
+@pytest.mark.parametrize("place", ["host", "nvme", "nvme, staged"])
+def test_every_way_to_update_half_precision_weights(half_update: str, place: str, tmp_path: Path) -> None:
+    plain, other = (build("adamw", torch.bfloat16, half_update) for _ in range(2))
+    if place == "host":
+        HostState(other[1], bucket_bytes=BUCKET, staged=True)
+    else:
+        MappedState(other[1], tmp_path, bucket_bytes=BUCKET, staged=True if "staged" in place else None)
+    for pair in (plain, other):
+        run(*pair, range(3))
+    assert_same(plain, other)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_moments_of_eight_bits(staged: bool, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    plain, other = build("adamw_8bit"), build("adamw_8bit")
+    placed = MappedState(other[1], tmp_path, bucket_bytes=BUCKET, staged=staged)
+    # Codes of a matrix cannot be cut, so that they stay on the device where weights have to travel.
+    assert placed.moved_bytes > 2 * 333 * 128 * 4
+    assert any(one.name == "embed_tokens.weight" for one in placed._placed) != staged
+    for pair in (plain, other):
+        run(*pair, range(3))
+    assert_same(plain, other)
+
+
+@pytest.mark.parametrize("half_update", ["master", "kahan"])
+def test_weights_that_are_loaded_later_reach_the_state(half_update: str, tmp_path: Path) -> None:
+    plain, other = (build("adamw", torch.bfloat16, half_update) for _ in range(2))
+    MappedState(other[1], tmp_path, bucket_bytes=BUCKET)
+    for net, optimizer in (plain, other):
+        run(net, optimizer, range(1))
+        with torch.no_grad():
+            net.embed_tokens.weight.mul_(3)
+        optimizer.weights_changed()
+        run(net, optimizer, range(1, 3))
     assert_same(plain, other)
 
 
@@ -157,7 +197,7 @@ def test_the_file_has_no_name_and_its_space_is_reserved_and_freed(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
     status = os.fstat(placed.file._fd)
     assert status.st_nlink == 0
-    assert status.st_blocks * 512 >= placed.moved_bytes > 2 * 4 * 1500 * 96
+    assert status.st_blocks * 512 >= placed.moved_bytes > 2 * 4 * 1500 * 128
     descriptors = len(os.listdir("/proc/self/fd"))
     placed.close(keep=False)
     del placed, optimizer
