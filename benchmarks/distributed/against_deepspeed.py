@@ -120,8 +120,8 @@ def measure_closeness(case: Case, steps: int) -> dict[str, Closeness]:
 
 def speed_table(cases: list[Case]) -> list[str]:
     lines = [
-        "| stage | accumulation | side | s/step (fastest-slowest turn) | tokens/s | Psi a step | peak MiB per rank |"
-        " trainwright is |",
+        "| stage | accumulation x rows | side | s/step (fastest-slowest turn) | tokens/s | Psi a step |"
+        " peak MiB per rank | trainwright is |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in cases:
@@ -131,7 +131,8 @@ def speed_table(cases: list[Case]) -> list[str]:
             ratio = row.seconds / rows[OURS].seconds
             low, high = row.spread
             lines.append(
-                f"| {case.work.stage} | {case.work.accumulation} | {name} | {row.seconds:.3f} ({low:.3f}-{high:.3f}) |"
+                f"| {case.work.stage} | {case.work.accumulation} x {case.work.micro} | {name} |"
+                f" {row.seconds:.3f} ({low:.3f}-{high:.3f}) |"
                 f" {rate:,.0f} | {row.psi:.2f} | {row.peak >> 20:,} | {ratio:.2f}x |"
             )
             print(lines[-1], flush=True)
