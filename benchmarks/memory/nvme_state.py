@@ -1,6 +1,7 @@
 """Optimizer state on disk against state in memory: resident memory, step time, and that the results are the same.
 
     python benchmarks/memory/nvme_state.py /path/on/a/disk [--parameters 100] [--rounds 3]
+    python benchmarks/memory/nvme_state.py /path/on/a/disk --training      # whole steps of llama-34m, 4 x 512 tokens
 
 Each side runs in processes of its own (A B A B ...), so that resident memory is its own. Prints a table in Markdown.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +21,8 @@ from torch import nn
 
 from trainwright.base.device import memory_bytes
 from trainwright.memory import MappedState
+from trainwright.models import build_model, preset
+from trainwright.ops.linear_cross_entropy import linear_cross_entropy
 from trainwright.optim import OptimizerOptions, build_optimizer
 
 STEPS = 6
@@ -71,15 +75,56 @@ def measure(folder: str | None, millions: int) -> dict[str, float | str]:
     }
 
 
+def training(folder: str, rounds: int) -> None:
+    """Whole training steps in turns: the next step's first reads are hidden behind forward and backward."""
+    sides = {"memory": _Training(None), "disk": _Training(folder)}
+    for side in sides.values():
+        side.step()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            seconds[name].append(side.step())
+    equal = all(
+        torch.equal(a, b)
+        for a, b in zip(sides["memory"].model.parameters(), sides["disk"].model.parameters(), strict=True)
+    )
+    middle = {name: statistics.median(found) for name, found in seconds.items()}
+    for name, found in seconds.items():
+        print(f"{name}: {middle[name] * 1000:.0f} ms a step ({', '.join(f'{s * 1000:.0f}' for s in sorted(found))})")
+    print(f"ratio {middle['disk'] / middle['memory']:.2f}; weights {'bitwise equal' if equal else 'DIFFER'}")
+
+
+class _Training:
+    def __init__(self, folder: str | None) -> None:
+        self.model = build_model(preset("llama-34m"), seed=1).train()
+        self.optimizer = build_optimizer(self.model.named_parameters(), OptimizerOptions(name="adamw", lr=1e-3))
+        self.placed = MappedState(self.optimizer, folder) if folder is not None else None
+        self.ids = torch.randint(0, 8192, (4, 512), generator=torch.Generator().manual_seed(3))
+
+    def step(self) -> float:
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.model.hidden_states(self.ids).flatten(0, 1)
+            loss = linear_cross_entropy(hidden, self.model.head_weight, self.ids.flatten()).loss_sum
+        loss.backward()
+        self.optimizer.step(gradient_factor=1 / self.ids.numel())
+        self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--parameters", type=int, default=100, help="millions")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--training", action="store_true")
     parser.add_argument("--side", choices=("memory", "disk"))
     given = parser.parse_args()
     if given.side:
         print(json.dumps(measure(given.folder if given.side == "disk" else None, given.parameters)))
+        return
+    if given.training:
+        training(given.folder, given.rounds)
         return
     rows: dict[str, list[dict[str, float | str]]] = {"memory": [], "disk": []}
     for _ in range(given.rounds):

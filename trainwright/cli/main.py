@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from trainwright.cli import chat, checkpoint, data, doctor, export, generate, launch, runs, train, version
+from trainwright.cli import chat, checkpoint, data, doctor, export, generate, launch, memory, runs, train, version
 from trainwright.cli.failures import EXIT_INTERRUPTED, report
 
 __all__ = ["app", "main", "run"]
@@ -26,7 +26,16 @@ app = typer.Typer(
     epilog="Begin with: trainwright train stdlib. Exit codes and every verb: docs/cli.md",
 )
 
-for _verb in (train.train, launch.launch, generate.generate, chat.chat, export.export, doctor.doctor, version.version):
+for _verb in (
+    train.train,
+    launch.launch,
+    memory.memory,
+    generate.generate,
+    chat.chat,
+    export.export,
+    doctor.doctor,
+    version.version,
+):
     app.command()(_verb)
 for _name, _group in (("data", data.app), ("runs", runs.app), ("checkpoint", checkpoint.app)):
     app.add_typer(_group, name=_name)

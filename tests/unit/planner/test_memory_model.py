@@ -106,6 +106,8 @@ def test_recomputing_and_offloading() -> None:
     sharded = replace(PLAIN, recompute="full", zero=1, shard=2)
     assert predict_rank_memory(LLAMA_8B, sharded).activations == unit * (2 * 32 + 54)
     assert held["full"] < held["selective"] < held["none"]
+    eager = predict_rank_memory(LLAMA_8B, replace(PLAIN, compiled=False)).activations
+    assert eager == unit * 94 * 32
     away = predict_rank_memory(LLAMA_8B, replace(PLAIN, recompute="full", offload_activations=True))
     assert away.activations == unit * (2 * 4 + 52)
     assert away.host == unit * 4 * 32
