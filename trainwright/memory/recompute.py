@@ -6,6 +6,7 @@ Sublinear memory cost, Chen et al., arXiv 1604.06174. The block stays the module
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -135,6 +136,8 @@ class _Recomputed:
         self.offload = offload
         self.own_forward: Callable[..., Any] | None = block.__dict__.get("forward")
         self.compiled: Callable[..., Any] | None = None
+        names = list(inspect.signature(block.forward).parameters)
+        self.cache_places = frozenset(i for i, name in enumerate(names) if name in CACHE_ARGUMENTS)
 
     def install(self) -> None:
         self.block.forward = self.forward
@@ -159,6 +162,7 @@ class _Recomputed:
         if not torch.is_grad_enabled():
             return self._plain(*arguments, **options)
         if self.kind != "none":
+            arguments = tuple(None if i in self.cache_places else value for i, value in enumerate(arguments))
             options = {name: None if name in CACHE_ARGUMENTS else value for name, value in options.items()}
         if self.offload is not None:
             with self.offload.block():
