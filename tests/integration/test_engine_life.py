@@ -70,7 +70,8 @@ def create_and_destroy(rank: int, world: int, parallel: dict[str, Any]) -> list[
 def test_fifty_engines_leave_nothing_behind(world: int, parallel: dict[str, Any]) -> None:
     for seen in run_ranks(create_and_destroy, world, parallel, timeout=200):
         memory, descriptors, threads, tensors = zip(*seen[WARM:], strict=True)
-        assert len(set(descriptors)) == 1, "file descriptors"
+        # One may close late (a peer's connection at start-up does); one opened per engine would be 40 more.
+        assert max(descriptors[-10:]) <= max(descriptors[:10]), f"file descriptors: {descriptors}"
         assert threads[-1] <= threads[0], "threads"
         assert tensors[-1] == tensors[0], "tensors that Python still knows"
         # One engine's parameters, gradients and state are 8 MiB: a leak would be 40 times that.
