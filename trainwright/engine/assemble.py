@@ -53,7 +53,7 @@ def recompute(model: nn.Module, section: MemorySection, ranks: Ranks) -> None:
     policy = wanted if isinstance(wanted, str) else {"every": wanted.every}
     policy = "none" if policy == "auto" else policy
     offload = ActivationOffload.for_device(ranks.device) if section.offload_activations else None
-    blocks = list(model.blocks) if isinstance(model, Decoder) else [block for _, block in find_blocks(model)]
+    blocks = list(model.blocks.children()) if isinstance(model, Decoder) else [block for _, block in find_blocks(model)]
     apply_recompute(model, policy, blocks=blocks, offload=offload)
 
 

@@ -22,7 +22,7 @@ def compile_blocks(model: nn.Module) -> int:
     those of `fully_shard` gather parameters around it. Shapes are static: training uses one shape throughout.
     """
     blocks: Sequence[nn.Module] = (
-        list(model.blocks) if isinstance(model, Decoder) else [block for _, block in find_blocks(model)]
+        list(model.blocks.children()) if isinstance(model, Decoder) else [block for _, block in find_blocks(model)]
     )
     for block in blocks:
         if "compile" in block.__dict__:  # a recomputed block compiles what it computes again, not the recomputing

@@ -94,7 +94,7 @@ def apply_recompute(
                 f"which modules of {type(model).__name__} are its repeated blocks is not known",
                 hint="pass blocks=[...], for example those that find_blocks gives",
             )
-        blocks = list(model.blocks)
+        blocks = list(model.blocks.children())
     if not blocks:
         raise ConfigError(
             f"{type(model).__name__} has no repeated blocks to recompute", hint="set memory.recompute=none"

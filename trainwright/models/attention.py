@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,15 +12,6 @@ from trainwright.models.cache import LayerCache
 from trainwright.ops.attention import attention
 
 __all__ = ["SelfAttention", "attend"]
-
-
-class SelfAttention(nn.Module):
-    """Base of every family's attention module: the one switch that they share.
-
-    `attention_backend` is used where no cache is, in training and evaluation; decoding always chooses by itself.
-    """
-
-    attention_backend: str = "auto"
 
 
 def attend(
@@ -48,6 +41,17 @@ def attend(
     if dropout > 0.0:
         return _attention_with_dropout(q, k, v, document_ids, key_mask, window, scale, dropout)
     return attention(q, k, v, document_ids=document_ids, window=window, scale=scale, key_mask=key_mask, backend=backend)
+
+
+class SelfAttention(nn.Module):
+    """Base of every family's attention module: the two switches that they share.
+
+    `attention_backend` is used where no cache is, in training and evaluation; decoding always chooses by itself.
+    `attend` is what computes; who divides sequences over processes puts another function with its arguments there.
+    """
+
+    attention_backend: str = "auto"
+    attend: Callable[..., Tensor] = staticmethod(attend)
 
 
 def _attention_with_dropout(

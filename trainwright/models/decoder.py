@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from trainwright.models.attention import SelfAttention
 from trainwright.models.cache import KVCache
 from trainwright.ops.attention.choose import check_backend
+from trainwright.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 
 __all__ = ["Decoder"]
 
@@ -24,8 +25,11 @@ class Decoder(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def blocks(self) -> nn.ModuleList:
-        """The repeated layers, in order; each may be compiled, checkpointed or sharded on its own."""
+    def blocks(self) -> nn.ModuleList | nn.ModuleDict:
+        """The repeated layers, in order; each may be compiled, checkpointed or sharded on its own.
+
+        Where other processes hold some of them, a ModuleDict of the ones that are here, by their number.
+        """
 
     @property
     @abstractmethod
@@ -38,6 +42,23 @@ class Decoder(nn.Module, ABC):
         """The norm after the last block; worth compiling with them."""
 
     @abstractmethod
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """What the first block gets, [B, T, D], of input_ids [B, T] at position_ids [T] or [B, T]."""
+
+    @abstractmethod
+    def run_blocks(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x [B, T, D] through the blocks that this module holds, in order; does not advance the cache."""
+
+    def check_positions(self, last: int) -> None:
+        """Refuse a sequence of so many positions (a ModelError) where the family has learned fewer."""
+
     def hidden_states(
         self,
         input_ids: Tensor,
@@ -47,7 +68,34 @@ class Decoder(nn.Module, ABC):
         cache: KVCache | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """The trunk's output after the final norm, [B, T, D]."""
+        """The trunk's output after the final norm, [B, T, D]; see `forward` for the arguments."""
+        past = cache.length if cache is not None else 0
+        if position_ids is None:
+            last = past + input_ids.shape[1]
+            self.check_positions(last)
+            position_ids = torch.arange(past, last, device=input_ids.device)
+        x = self.run_blocks(self.embed(input_ids, position_ids), position_ids, document_ids, key_mask, cache)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        normed: Tensor = self.final_norm(x)
+        return normed
+
+    def head_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        compiled: bool = False,
+    ) -> LossSums:
+        """Loss sums of the head's logits for hidden [N, D] against labels [N], without holding all logits.
+
+        See `linear_cross_entropy`; who divides the vocabulary over processes puts another function here.
+        """
+        return linear_cross_entropy(
+            hidden, self.head_weight, labels, label_smoothing=label_smoothing, z_loss=z_loss, compiled=compiled
+        )
 
     @property
     def head_weight(self) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor
 
 from trainwright.models import Decoder
-from trainwright.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["CausalLM", "LossOutput", "Task"]
 
@@ -65,9 +64,8 @@ class CausalLM:
         hidden = model.hidden_states(
             batch["input_ids"], position_ids=batch.get("position_ids"), document_ids=batch.get("document_ids")
         )
-        sums = linear_cross_entropy(
+        sums = model.head_loss(
             hidden.flatten(0, 1),
-            model.head_weight,
             batch["labels"].flatten(),
             label_smoothing=label_smoothing,
             z_loss=z_loss,

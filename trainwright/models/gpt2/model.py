@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
-from trainwright.models.attention import SelfAttention, attend
+from trainwright.models.attention import SelfAttention
 from trainwright.models.cache import KVCache, LayerCache
 from trainwright.models.decoder import Decoder
 from trainwright.models.gpt2.config import GPT2Config
@@ -53,7 +53,7 @@ class GPT2Attention(SelfAttention):
         cache: LayerCache | None = None,
     ) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.c_attn(x).chunk(3, dim=-1))
-        out = attend(
+        out = self.attend(
             q,
             k,
             v,
@@ -127,7 +127,7 @@ class GPT2LMHeadModel(Decoder):
         self.tie_weights()
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList | nn.ModuleDict:
         return self.transformer.h
 
     @property
@@ -138,29 +138,26 @@ class GPT2LMHeadModel(Decoder):
     def final_norm(self) -> nn.Module:
         return self.transformer.ln_f
 
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        *,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        key_mask: Tensor | None = None,
-    ) -> Tensor:
-        """The trunk's output after the final norm, [B, T, D]; see `Decoder.forward` for the arguments."""
+    def check_positions(self, last: int) -> None:
+        if last > self.config.max_position_embeddings:
+            raise ModelError(
+                f"{last} positions, but this model has learned {self.config.max_position_embeddings}",
+                hint="shorten the sequence; learned positions cannot be extended",
+            )
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         trunk = self.transformer
-        past = cache.length if cache is not None else 0
-        if position_ids is None:
-            last = past + input_ids.shape[1]
-            if last > self.config.max_position_embeddings:
-                raise ModelError(
-                    f"{last} positions, but this model has learned {self.config.max_position_embeddings}",
-                    hint="shorten the sequence; learned positions cannot be extended",
-                )
-            position_ids = torch.arange(past, last, device=input_ids.device)
-        x = trunk.drop(trunk.wte(input_ids) + trunk.wpe(position_ids))
-        for layer, block in enumerate(trunk.h):
-            x = block(x, document_ids, key_mask, cache.layers[layer] if cache is not None else None)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return trunk.ln_f(x)
+        x: Tensor = trunk.drop(trunk.wte(input_ids) + trunk.wpe(position_ids))
+        return x
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        for layer, block in self.blocks.named_children():
+            x = block(x, document_ids, key_mask, cache.layers[int(layer)] if cache is not None else None)
+        return x

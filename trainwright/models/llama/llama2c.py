@@ -96,5 +96,5 @@ def _file_order(model: LlamaForCausalLM) -> list[torch.Tensor]:
         "mlp.down_proj",
         "mlp.up_proj",
     )
-    layers = [block.get_parameter(f"{kind}.weight") for kind in kinds for block in model.blocks]
+    layers = [block.get_parameter(f"{kind}.weight") for kind in kinds for block in model.blocks.children()]
     return [model.model.embed_tokens.weight, *layers, model.model.norm.weight]

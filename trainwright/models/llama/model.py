@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainwright.models.attention import SelfAttention, attend
+from trainwright.models.attention import SelfAttention
 from trainwright.models.cache import KVCache, LayerCache
 from trainwright.models.decoder import Decoder
 from trainwright.models.llama.config import LlamaConfig
@@ -62,7 +62,7 @@ class Attention(SelfAttention):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, k, cos, sin, config.rotary_layout)
-        out = attend(
+        out = self.attend(
             q,
             k,
             v,
@@ -142,7 +142,7 @@ class LlamaForCausalLM(Decoder):
         self.tie_weights()
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> nn.ModuleList | nn.ModuleDict:
         return self.model.layers
 
     @property
@@ -153,25 +153,21 @@ class LlamaForCausalLM(Decoder):
     def final_norm(self) -> nn.Module:
         return self.model.norm
 
-    def hidden_states(
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x: Tensor = self.model.embed_tokens(input_ids)
+        return x
+
+    def run_blocks(
         self,
-        input_ids: Tensor,
-        *,
-        position_ids: Tensor | None = None,
+        x: Tensor,
+        position_ids: Tensor,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
         key_mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """The trunk's output after the final norm, [B, T, D]; see `Decoder.forward` for the arguments."""
         config = self.config
-        past = cache.length if cache is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         # One pair of fp32 tables for all layers; [T, E/2] or [B, T, E/2].
         cos, sin = rotary_tables(config.head_dim, position_ids, config.rope_theta, config.rope_scaling)
-        x = self.model.embed_tokens(input_ids)
-        for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, document_ids, key_mask, cache.layers[layer] if cache is not None else None)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return self.model.norm(x)
+        for layer, block in self.blocks.named_children():
+            x = block(x, cos, sin, document_ids, key_mask, cache.layers[int(layer)] if cache is not None else None)
+        return x
