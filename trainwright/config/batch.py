@@ -16,11 +16,11 @@ BATCH_KEYS = ("batch.global", "batch.micro", "batch.accumulation")
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sizes that agree: global_ = micro * accumulation * ranks.
+    """Sizes that agree: global_ = micro * accumulation * ranks that have rows of their own.
 
     Attributes:
         global_: rows of one optimizer step on all ranks together.
-        micro: rows of one forward pass on one rank.
+        micro: rows of one forward pass on one rank (and on those that work on the same rows with it).
         accumulation: forward passes of one optimizer step on one rank.
     """
 
@@ -36,12 +36,14 @@ def resolve_batch(
     world: int,
     *,
     keys: tuple[str, str, str] = BATCH_KEYS,
+    all_ranks: int | None = None,
 ) -> BatchSizes:
     """Fill in what is missing, by DeepSpeed's rules: one missing follows from two; accumulation alone missing is 1.
 
     Args:
-        world: ranks that share the batch.
+        world: ranks that share the batch, each with rows of its own.
         keys: what messages call the three sizes.
+        all_ranks: for messages: how many ranks there are when several work on the same rows.
 
     Raises:
         ConfigError: sizes below 1, sizes that do not agree or do not divide (with the nearest that do), or neither
@@ -61,6 +63,8 @@ def resolve_batch(
             raise ConfigError(f"{keys[1]} {micro} x {passes} x {world} ranks is more than {LARGEST} rows")
         return BatchSizes(micro * passes * world, micro, passes)
     ranks = f"{world} rank" + ("s" if world > 1 else "")
+    if all_ranks is not None and all_ranks > world:
+        ranks += f" with rows of their own ({all_ranks} ranks, {all_ranks // world} to the same rows)"
     if micro is not None and accumulation is not None:
         if global_ != micro * accumulation * world:
             right = micro * accumulation * world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Discriminator, Tag
@@ -113,6 +114,9 @@ class EngineConfig(Section):
         return given
 
     def problems(self) -> Any:
+        for key in ("tensor", "context", "expert", "pipeline.stages"):
+            if attrgetter(key)(self.parallel) == "auto":
+                yield f"parallel.{key}", "a number: only a recipe has what auto is chosen by"
         optim = self.optim
         if optim is None:
             return

@@ -65,7 +65,7 @@ def load_engine_config(
     Args:
         config: a dict; the path of a YAML file (.yaml, .yml) or of a JSON file, which may have comments or be Hjson;
             urlsafe base64 of JSON; None for the defaults. The keys tell whether it is DeepSpeed's language.
-        world: ranks that share the batch.
+        world: all ranks; those that work on the same rows (tensor, context, pipeline) count once in a batch.
 
     Raises:
         ConfigError: lists every problem found: keys that are unknown, values of the wrong kind, features of DeepSpeed
@@ -163,8 +163,12 @@ def _load_own(given: _Given, world: int) -> LoadedEngineConfig:
                 config = _with_batch(config, batch.global_, batch.micro, batch.accumulation, world)
             except ConfigError as error:
                 problems.append(_problem(given, ("batch",), error))
-        elif batch.accumulation is None:
-            config = config.model_copy(update={"batch": BatchSection(accumulation=1)})
+        else:
+            config = config.model_copy(update={"batch": BatchSection(accumulation=batch.accumulation or 1)})
+            try:
+                config.parallel.row_ranks(world)
+            except ConfigError as error:
+                problems.append(_problem(given, ("parallel",), error))
     if problems or config is None:
         raise config_error(given.name, problems)
     return LoadedEngineConfig(config, (), "trainwright", given.name)
@@ -183,7 +187,7 @@ def _with_batch(
     world: int,
     keys: tuple[str, str, str] = ("batch.global", "batch.micro", "batch.accumulation"),
 ) -> EngineConfig:
-    sizes = resolve_batch(global_, micro, accumulation, world, keys=keys)
+    sizes = resolve_batch(global_, micro, accumulation, config.parallel.row_ranks(world), keys=keys, all_ranks=world)
     batch = BatchSection(global_=sizes.global_, micro=sizes.micro, accumulation=sizes.accumulation)
     return config.model_copy(update={"batch": batch})
 

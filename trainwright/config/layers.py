@@ -27,8 +27,9 @@ SHORT_FORMS: dict[Path, str | None] = {
     ("optim", "schedule"): "name",
     ("precision",): "name",
     ("parallel",): None,
+    ("parallel", "pipeline"): "stages",
 }
-"""Sections that may be written as one word, and the key that the word stands for (None: the word is `auto`, all of it
+"""Sections that may be written as one word or number, and the key that it stands for (None: the word is `auto`, all of it
 decided for you, as in an empty section)."""
 
 _OVERRIDE = re.compile(r"(?P<key>[^=\s]+)=(?P<value>.*)", re.DOTALL)
@@ -112,7 +113,7 @@ class Layers:
         if not isinstance(node, dict):
             return None
         inner = node.get(str(part))
-        if isinstance(inner, str) and here in SHORT_FORMS:
+        if isinstance(inner, (str, int)) and here in SHORT_FORMS:
             word = SHORT_FORMS[here]
             inner = {word: inner} if word else {}
         elif here[-1] == "source" and isinstance(inner, (str, dict)) and isinstance(path[depth + 1], int):

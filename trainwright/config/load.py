@@ -208,7 +208,7 @@ def _check_smoke(layers: Layers, name: str) -> list[Problem]:
 def _word_key(key: str, value: Any) -> str:
     """The key that a word for a whole section stands for, so that the section's other keys stay as they are."""
     word = SHORT_FORMS.get(_path(key))
-    return f"{key}.{word}" if word and isinstance(value, str) else key
+    return f"{key}.{word}" if word and isinstance(value, (str, int)) else key
 
 
 def _path(key: str) -> tuple[str | int, ...]:

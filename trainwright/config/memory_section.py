@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Tag
 
-from trainwright.config.fields import Name, Truth, Whole, Words
+from trainwright.config.fields import Auto, Name, Truth, Whole, Words
 from trainwright.config.section import Section, variant_tag
 
 __all__ = ["MemorySection", "Recompute", "RecomputeEvery"]
@@ -46,6 +46,8 @@ class MemorySection(Section):
 
     recompute: Recompute = "auto"
     """Activations computed again in backward: none, full (each block), selective (cheap operations), {every: n}."""
+    mlp_chunks: Annotated[int | Auto, Whole(("auto",), minimum=1)] = "auto"
+    """Pieces of the sequence that go through each MLP one after another; 1 is all at once, auto as memory needs."""
     offload_activations: Annotated[bool, Truth()] = False
     """Keep the activations that backward needs in host memory."""
     optimizer_state: Annotated[Literal["device", "host", "nvme"], Words(("device", "host", "nvme"))] = "device"

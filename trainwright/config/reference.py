@@ -119,6 +119,7 @@ SHORT = {
     "optim.schedule": "a name or a section",
     "precision": "a name or a section",
     "parallel": "auto or a section",
+    "parallel.pipeline": "a number of stages, auto or a section",
     "model.overrides": "a section with any field of the family",
     "model.config": "a section with any field of the family",
     "run.smoke": "a section of dotted keys",
