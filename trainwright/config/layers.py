@@ -29,7 +29,7 @@ SHORT_FORMS: dict[Path, str | None] = {
     ("parallel",): None,
     ("parallel", "pipeline"): "stages",
 }
-"""Sections that may be written as one word or number, and the key that it stands for (None: the word is `auto`, all of it
+"""Sections that may be one word or number, and the key that it stands for (None: the word is `auto`, all of it
 decided for you, as in an empty section)."""
 
 _OVERRIDE = re.compile(r"(?P<key>[^=\s]+)=(?P<value>.*)", re.DOTALL)
