@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainwright.comm.mesh import Layout
+from trainwright.comm.mesh import Layout, make_mesh
 from trainwright.comm.ranks import Ranks
 from trainwright.memory import (
     ActivationMeter,
@@ -57,7 +57,7 @@ def gradients(ranks: Ranks, layout: Layout, policy: Any, offload: ActivationOffl
     torch.manual_seed(7)
     net = model()
     apply_recompute(net, policy, offload=offload)
-    parallel = apply_zero(net, layout, ranks, ZeroOptions())
+    parallel = apply_zero(net, make_mesh(layout, ranks), ZeroOptions())
     losses = []
     for micro in range(2):
         loss = loss_of(net, ranks.rank, micro)
@@ -119,7 +119,7 @@ def state_on_disk(rank: int, world: int, folder: str) -> list[str]:
         for placed in (False, True):
             torch.manual_seed(5)
             net = Uneven()
-            parallel = apply_zero(net, Layout(world, 2, world), ranks, ZeroOptions())
+            parallel = apply_zero(net, make_mesh(Layout(world, 2, world), ranks), ZeroOptions())
             optimizer = build_optimizer(net.named_parameters(), OptimizerOptions(name=name, lr=0.01))
             store = MappedState(optimizer, folder, bucket_bytes=64 << 10) if placed else None
             for step in range(3):
@@ -168,7 +168,7 @@ def counted(rank: int, world: int) -> list[str]:
     ):
         net = model()
         layout = Layout(world, zero, world, accumulate=accumulate, gather=gather)
-        parallel = apply_zero(net, layout, ranks, ZeroOptions())
+        parallel = apply_zero(net, make_mesh(layout, ranks), ZeroOptions())
         optimizer = build_optimizer(net.named_parameters(), OptimizerOptions(name="sgd", momentum=0.9, lr=0.1))
         predicted = predict_rank_memory(
             facts,

@@ -1,155 +1,203 @@
-"""The layout of a run's processes as one frozen value, and the groups it makes of them."""
+"""The groups that a layout makes of the ranks, as each rank sees them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainwright.base.errors import ConfigError
+from trainwright.comm.layout import Layout, PipelineLayout
 from trainwright.comm.ranks import Ranks
 
-__all__ = ["DataMesh", "Layout", "make_data_mesh"]
+__all__ = ["Axis", "Layout", "Mesh", "PipelineLayout", "make_mesh"]
+
+
+Members = tuple[tuple[int, ...], ...]
+"""Equally large sets of ranks that together are all ranks, once each."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the state of training is divided over the data-parallel ranks.
+class Axis:
+    """One axis of the mesh as this rank sees it.
 
     Attributes:
-        world: data-parallel ranks.
-        zero: 0 replicates everything; 1 shards optimizer state; 2 gradients too; 3 parameters too (arXiv 1910.02054).
-        shard: ranks that hold one copy of the state together; `world / shard` equal replicas of it. 1 at stage 0.
-        accumulate: "local" adds up the gradients of all micro-batches before they travel (a whole gradient in memory);
-            "sharded" sends those of every micro-batch, and holds only this rank's part.
-        gather: "step" keeps gathered parameters from the first forward pass of a step to its last backward pass;
-            "micro_batch" gives them up after each block's forward and backward pass.
+        rank, size: this rank's place on the axis, and how many there are.
+        group: the process group of the axis; None for an axis of one rank.
+        mesh: a one-dimensional submesh of the root, for DTensors; None for an axis of one rank, and for axes on which
+            no parameters are divided.
     """
 
-    world: int
-    zero: int
-    shard: int
-    accumulate: str = "local"
-    gather: str = "step"
+    name: str
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
 
-    def __post_init__(self) -> None:
-        problems = list(self._problems())
-        if problems:
-            raise ConfigError(
-                f"this layout cannot run on {self.world} processes: " + "; ".join(problems), hint=self._nearest()
-            )
-
-    def _problems(self) -> list[str]:
-        problems = []
-        if self.zero not in (0, 1, 2, 3):
-            problems.append(f"parallel.zero is {self.zero}, expected 0, 1, 2 or 3")
-        if self.shard < 1 or self.world % self.shard:
-            problems.append(f"parallel.shard {self.shard} does not divide the {self.world} processes")
-        if self.zero == 0 and self.shard != 1:
-            problems.append(f"parallel.shard is {self.shard}, but stage 0 shards nothing")
-        if self.zero in (0, 1) and self.accumulate == "sharded":
-            problems.append(f"parallel.accumulate is sharded, but stage {self.zero} holds whole gradients")
-        if self.zero != 3 and self.gather == "micro_batch":
-            problems.append(f"parallel.gather is micro_batch, but stage {self.zero} holds whole parameters")
-        return problems
-
-    def _nearest(self) -> str:
-        divisors = [str(d) for d in range(1, self.world + 1) if self.world % d == 0]
-        return f"parallel.shard can be {', '.join(divisors)} here; shards belong to stages 1 to 3"
-
-    @property
-    def replicas(self) -> int:
-        """How many equal copies of the state there are."""
-        return self.world // self.shard
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether any state is divided at all: one process, or shards of one rank, divide nothing."""
-        return self.zero > 0 and self.shard > 1
-
-    def describe(self) -> str:
-        """The layout in words, for the plan and the log."""
-        if self.world == 1:
-            return "one process: nothing is divided"
-        if not self.is_sharded:
-            return f"{self.world} replicas; gradients are summed over all (2 Psi a step)"
-        what = {
-            1: "optimizer state",
-            2: "optimizer state and gradients",
-            3: "optimizer state, gradients and parameters",
-        }
-        text = f"ZeRO-{self.zero}: {what[self.zero]} divided over {self.shard} ranks"
-        if self.replicas > 1:
-            text += f", {self.replicas} replicas of that"
-        kept = {
-            "local": "gradients add up on every rank and travel once a step",
-            "sharded": "gradients travel with every micro-batch",
-        }
-        gathered = {
-            "step": "parameters are gathered once a step",
-            "micro_batch": "parameters are gathered twice for every micro-batch",
-        }
-        return f"{text}; {kept[self.accumulate]}; {gathered[self.gather]}"
-
-    def wire_psi(self, micro_batches: int) -> float:
-        """Elements that a rank sends per step, in units of Psi (N - 1) / N for Psi parameters; replicas not counted."""
-        if not self.is_sharded:
-            return 2.0 if self.world > 1 else 0.0
-        gathers = 1 if self.gather == "step" else 2 * micro_batches
-        return gathers + (1 if self.accumulate == "local" else micro_batches)
+    @classmethod
+    def alone(cls, name: str) -> Axis:
+        """An axis of one rank: nothing is divided along it."""
+        return cls(name, 0, 1)
 
 
 @dataclass(frozen=True)
-class DataMesh:
-    """The groups of a layout as this rank sees them.
+class Mesh:
+    """A layout's groups.
 
     Attributes:
-        shard: the 1-D mesh over which this rank's copy of the state is divided; None where nothing is divided.
-        shard_group, replica_group: the process groups of the ranks that hold the other parts of this copy, and of those
-            that hold the same part of the other copies; None for groups of one.
-        all_group: the group of all data-parallel ranks; None for one process.
+        ranks: all processes.
+        data: those that hold the same part of the model as this one (the context ranks among them).
+        rows: (place, count) among the ranks that see different rows of a batch.
+        shard, replica: this copy of the ZeRO state, and the holders of the same part of other copies.
+        tensor, context, expert, pipeline: the axes that divide the model and its sequences.
+        expert_shard, expert_replica: what `shard` and `replica` are for the parameters of experts.
     """
 
-    shard: DeviceMesh | None
-    shard_group: dist.ProcessGroup | None
-    replica_group: dist.ProcessGroup | None
-    all_group: dist.ProcessGroup | None
+    layout: Layout
+    ranks: Ranks
+    data: Ranks
+    rows: tuple[int, int]
+    shard: Axis
+    replica: Axis
+    tensor: Axis
+    context: Axis
+    expert: Axis
+    expert_shard: Axis
+    expert_replica: Axis
+    pipeline: Axis
+    made: tuple[dist.ProcessGroup, ...] = ()
 
     def close(self) -> None:
         """Give up the groups that were made for this mesh."""
-        for group in (self.shard_group, self.replica_group):
-            if group is not None and group is not self.all_group and dist.is_initialized():
+        for group in self.made:
+            if dist.is_initialized():
                 dist.destroy_process_group(group)
 
 
-def make_data_mesh(layout: Layout, ranks: Ranks) -> DataMesh:
-    """Make the groups; a collective of all ranks. Ranks that are near each other (neighbours in rank) share a copy."""
+def make_mesh(layout: Layout, ranks: Ranks) -> Mesh:
+    """Make the groups; a collective of all ranks, which pass equal layouts."""
     if ranks.world != layout.world:
         raise ConfigError(f"the layout is for {layout.world} processes, and {ranks.world} run")
-    if ranks.world == 1:
-        return DataMesh(None, None, None, None)
-    if not layout.is_sharded:
-        return DataMesh(None, None, ranks.group, ranks.group)
-    if layout.replicas == 1:
-        return DataMesh(_mesh(ranks, ranks.group), ranks.group, None, ranks.group)
-    copies = [list(range(begin, begin + layout.shard)) for begin in range(0, layout.world, layout.shard)]
-    places = [list(range(place, layout.world, layout.shard)) for place in range(layout.shard)]
-    shard_group, replica_group = _own_group(copies, ranks), _own_group(places, ranks)
-    return DataMesh(_mesh(ranks, shard_group), shard_group, replica_group, ranks.group)
+    return _Maker(layout, ranks).make()
 
 
-def _mesh(ranks: Ranks, group: dist.ProcessGroup | None) -> DeviceMesh:
-    assert group is not None
-    return DeviceMesh.from_group(group, ranks.device.type, mesh_dim_names=("shard",))
+class _Maker:
+    """Groups are made once for each set of ranks, by all ranks in the same order; those of all ranks are there."""
 
+    def __init__(self, layout: Layout, ranks: Ranks) -> None:
+        self.layout = layout
+        self.ranks = ranks
+        self.made: dict[Members, dist.ProcessGroup] = {}
+        self.hosts: list[dist.ProcessGroup] = []
+        outer = layout.replicas if layout.is_sharded else layout.data // layout.expert
+        inner = layout.shard // layout.expert if layout.is_sharded else 1
+        sizes = (layout.pipeline.stages, outer, inner, layout.expert, layout.tensor)
+        # [pipeline, replica, expert_shard, expert, tensor]
+        self.grid = torch.arange(layout.world).view(sizes)
 
-def _own_group(members: list[list[int]], ranks: Ranks) -> dist.ProcessGroup:
-    """One group for each list of ranks, made by all ranks alike; returns the one that this rank is in."""
-    own: dist.ProcessGroup | None = None
-    for among in members:
-        group = dist.new_group(among, timeout=ranks.timeout)
-        if ranks.rank in among:
-            own = group
-    assert own is not None
-    return own
+    def make(self) -> Mesh:
+        layout, ranks = self.layout, self.ranks
+        data_members = self._members((1, 2, 3))
+        # Neighbours on the data axis; a cut of its own, which need not be one of the grid's.
+        context = tuple(
+            row[first : first + layout.context]
+            for row in data_members
+            for first in range(0, layout.data, layout.context)
+        )
+        data = self._sub_ranks(data_members)
+        replica_dims = (1,) if layout.is_sharded else (1, 3)
+        meshes = self._meshes()
+        return Mesh(
+            layout=layout,
+            ranks=ranks,
+            data=data,
+            rows=(data.rank // layout.context, layout.rows),
+            shard=self._axis("shard", (2, 3), meshes) if layout.is_sharded else Axis.alone("shard"),
+            replica=self._axis("replica", replica_dims),
+            tensor=self._axis("tensor", (4,), meshes),
+            context=self._axis_of("context", context),
+            expert=self._axis("expert", (3,), meshes),
+            expert_shard=self._axis("expert_shard", (2,), meshes),
+            expert_replica=self._axis("expert_replica", (1,)),
+            pipeline=self._axis("pipeline", (0,)),
+            made=(*self.made.values(), *self.hosts),
+        )
+
+    def _axis(self, name: str, dims: Sequence[int], meshes: dict[str, DeviceMesh] | None = None) -> Axis:
+        return self._axis_of(name, self._members(dims), (meshes or {}).get(name))
+
+    def _axis_of(self, name: str, members: Members, mesh: DeviceMesh | None = None) -> Axis:
+        mine = self._mine(members)
+        if len(mine) == 1:
+            return Axis.alone(name)
+        return Axis(name, mine.index(self.ranks.rank), len(mine), self._group(members), mesh)
+
+    def _mine(self, members: Members) -> tuple[int, ...]:
+        return next(among for among in members if self.ranks.rank in among)
+
+    def _group(self, members: Members) -> dist.ProcessGroup:
+        """This rank's group among equally large sets of ranks that together are all ranks."""
+        assert self.ranks.group is not None
+        if len(members) == 1 and members[0] == tuple(range(self.ranks.world)):
+            return self.ranks.group
+        if members not in self.made:
+            self.made[members] = self._new_group(members)
+        return self.made[members]
+
+    def _new_group(self, members: Members, backend: str | None = None) -> dist.ProcessGroup:
+        own: dist.ProcessGroup | None = None
+        for among in members:
+            group = dist.new_group(list(among), timeout=self.ranks.timeout, backend=backend)
+            if self.ranks.rank in among:
+                own = group
+        assert own is not None
+        return own
+
+    def _sub_ranks(self, members: Members) -> Ranks:
+        mine = self._mine(members)
+        if len(mine) == self.ranks.world:
+            return self.ranks
+        if len(mine) == 1:
+            return self.ranks.among(0, 1, None, None)
+        group = self._group(members)
+        host = group
+        if self.ranks.host_group is not self.ranks.group:
+            host = self._new_group(members, backend="gloo")
+            self.hosts.append(host)
+        return self.ranks.among(mine.index(self.ranks.rank), len(mine), group, host)
+
+    def _meshes(self) -> dict[str, DeviceMesh]:
+        """The submeshes on which parameters live, all of one root over all ranks: FSDP2 joins only such."""
+        names = ("pipeline", "expert_replica", "expert_shard", "expert", "tensor")
+        dims = [dim for dim in range(5) if self.grid.shape[dim] > 1]
+        if not any(dim in dims for dim in ((2, 3, 4) if self.layout.is_sharded else (3, 4))):
+            return {}
+        groups = [group for dim in dims if (group := self._axis(names[dim], (dim,)).group) is not None]
+        kind = self.ranks.device.type
+        if len(dims) == 1:
+            root = DeviceMesh.from_group(groups[0], kind, mesh_dim_names=(names[dims[0]],))
+            found = {names[dims[0]]: root}
+        else:
+            sizes = [self.grid.shape[dim] for dim in dims]
+            called = tuple(names[dim] for dim in dims)
+            root = DeviceMesh.from_group(groups, kind, mesh=self.grid.reshape(sizes), mesh_dim_names=called)
+            found = {name: root[name] for name in called}
+        if self.layout.is_sharded:
+            pair = tuple(name for name in ("expert_shard", "expert") if name in found)
+            if len(pair) == 1:
+                found["shard"] = found[pair[0]]
+            else:
+                found["shard"] = root[pair]._flatten("shard")
+                # The flattened mesh made this group itself; it stands for the ranks of the shard axis from here on.
+                self.made[self._members((2, 3))] = found["shard"].get_group()
+        return found
+
+    def _members(self, dims: Sequence[int]) -> Members:
+        """All sets of ranks that differ along `dims` only."""
+        others = [dim for dim in range(5) if dim not in dims]
+        size = math.prod(self.grid.shape[dim] for dim in dims)
+        return tuple(tuple(row) for row in self.grid.permute(*others, *dims).reshape(-1, size).tolist())

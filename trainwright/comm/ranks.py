@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -133,6 +133,12 @@ class Ranks:
             if failed:
                 raise RuntimeError("another rank failed while it prepared what all share; its error is in its output")
         return result
+
+    def among(
+        self, rank: int, world: int, group: dist.ProcessGroup | None, host_group: dist.ProcessGroup | None
+    ) -> Ranks:
+        """Some of these ranks, of which this one is `rank` of `world`; the host's numbers stay."""
+        return replace(self, rank=rank, world=world, group=group, host_group=host_group)
 
     def separate(self) -> Ranks:
         """The same ranks over a gloo group of their own, whose collectives may run in a background thread.

@@ -9,7 +9,8 @@ from torch import nn
 
 from trainwright.base.errors import ConfigError
 from trainwright.comm import Ranks
-from trainwright.comm.mesh import Layout
+from trainwright.comm.layout import Layout
+from trainwright.comm.mesh import Mesh
 from trainwright.config import CommSection, MemorySection, ParallelSection, PrecisionSection
 from trainwright.engine.precision import Precision, cast_model, compute_in_fp32, keep_residual_fp32, wire_type
 from trainwright.memory import ActivationOffload, apply_recompute
@@ -59,8 +60,7 @@ def recompute(model: nn.Module, section: MemorySection, ranks: Ranks) -> None:
 
 def divide(
     model: nn.Module,
-    layout: Layout,
-    ranks: Ranks,
+    mesh: Mesh,
     policy: Precision,
     *,
     precision: PrecisionSection,
@@ -69,6 +69,7 @@ def divide(
     memory: MemorySection,
 ) -> DataParallel:
     """`apply_zero` with what the sections say; the model is equal on all ranks and in the policy's type already."""
+    layout = mesh.layout
     if memory.parameters == "host" and not layout.is_sharded:
         raise ConfigError(
             "memory.parameters is host, but nothing is divided: parameters are held whole on the device",
@@ -83,7 +84,7 @@ def divide(
         prefetch=parallel.prefetch,
         host_parameters=memory.parameters == "host",
     )
-    return apply_zero(model, layout, ranks, options)
+    return apply_zero(model, mesh, options)
 
 
 def release_gradients(

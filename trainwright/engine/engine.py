@@ -21,7 +21,7 @@ from trainwright.base.errors import ConfigError
 from trainwright.base.events import emit
 from trainwright.base.protocols import StateDict
 from trainwright.comm import ALONE
-from trainwright.comm.mesh import Layout
+from trainwright.comm.mesh import Layout, make_mesh
 from trainwright.engine.precision import Precision
 from trainwright.memory import PlacedState
 from trainwright.optim import EMA, LossScaler, StepInBackward, clip_factor, norm_from, squared_norms
@@ -132,7 +132,7 @@ class Engine:
         self.optimizer = optimizer
         self.multiplier = multiplier
         self.precision = precision
-        self.data_parallel = data_parallel or apply_zero(model, Layout(1, 0, 1), ALONE)
+        self.data_parallel = data_parallel or apply_zero(model, make_mesh(Layout(1, 0, 1), ALONE))
         self.ranks = self.data_parallel.ranks
         self.accumulation = accumulation
         self.clip_norm = clip_norm
@@ -242,7 +242,7 @@ class Engine:
         assert self.scaler is not None
         if self._nominal is None:
             largest = max(self.ranks.all_gather_json(float(count)))
-            expected = max(1.0, largest * self.accumulation * self.ranks.world)
+            expected = max(1.0, largest * self.accumulation * self.data_parallel.data.world)
             self._nominal = 2.0 ** round(math.log2(expected))
         return self.scaler.scale / self._nominal
 

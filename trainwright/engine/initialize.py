@@ -24,6 +24,7 @@ from trainwright.base.device import device_facts
 from trainwright.base.errors import ConfigError
 from trainwright.base.events import emit
 from trainwright.comm import Ranks, start
+from trainwright.comm.mesh import make_mesh
 from trainwright.config import (
     ClientOptim,
     EngineConfig,
@@ -108,8 +109,7 @@ def initialize(
     before = _prepare_model(model, settings, policy, ranks, model_parameters)
     data_parallel = divide(
         model,
-        layout,
-        ranks,
+        make_mesh(layout, ranks),
         policy,
         precision=settings.precision,
         parallel=settings.parallel,

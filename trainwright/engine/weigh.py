@@ -6,7 +6,7 @@ from torch import nn
 
 from trainwright.base.device import free_disk_bytes
 from trainwright.comm import Ranks
-from trainwright.comm.mesh import Layout
+from trainwright.comm.layout import Layout
 from trainwright.config import BatchSizes, EngineConfig
 from trainwright.config.precision_section import BF16PurePrecision
 from trainwright.engine.precision import Precision

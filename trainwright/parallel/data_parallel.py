@@ -7,37 +7,45 @@ once per step by what all ranks counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
-from trainwright.comm.collectives import GradientSums, WireGroup
-from trainwright.comm.mesh import Layout
+from trainwright.comm.layout import Layout
+from trainwright.comm.mesh import Mesh
 from trainwright.comm.ranks import Ranks
 from trainwright.comm.traffic import Traffic
+from trainwright.parallel.buckets import Buckets
 
-__all__ = ["BUCKET_BYTES", "DataParallel", "Replicated"]
-
-BUCKET_BYTES = 25 << 20
-"""Gradients travel in buckets of this size: large enough that a collective's fixed cost vanishes, small enough that the
-first is under way long before the backward pass ends (the size that PyTorch's DistributedDataParallel settled on)."""
+__all__ = ["DataParallel", "Replicated"]
 
 
 class DataParallel:
     """One model under one layout. The engine calls, for every micro-batch, `begin_backward` and `end_backward`.
 
     Attributes:
-        layout: what is divided over whom.
-        ranks: the processes.
+        mesh: the groups of the layout.
+        ranks: all processes.
+        data: those that hold the same part of the model.
         traffic: bytes that this rank sent.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, ranks: Ranks, traffic: Traffic) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, traffic: Traffic) -> None:
         self.model = model
-        self.layout = layout
-        self.ranks = ranks
+        self.mesh = mesh
         self.traffic = traffic
+
+    @property
+    def layout(self) -> Layout:
+        """What is divided over whom."""
+        return self.mesh.layout
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.mesh.ranks
+
+    @property
+    def data(self) -> Ranks:
+        return self.mesh.data
 
     def begin_backward(self, *, last: bool) -> None:
         """Before the backward pass of a micro-batch; `last` says that the optimizer steps after it."""
@@ -51,145 +59,31 @@ class DataParallel:
     def drop_gathered(self) -> None:
         """Give up whole parameters that are held beside their parts: after the parts were changed from outside."""
 
-    def shard_group_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks that share one copy of the state (in place)."""
-        return tensor
-
     def gradients(self) -> list[Tensor]:
         """Every gradient that this rank holds now, whole or in part, wherever it waits: for counting bytes."""
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def close(self) -> None:
-        """Remove every hook; the model is an ordinary module again, with what it holds."""
-
-
-@dataclass
-class _Bucket:
-    """Gradients that travel together."""
-
-    parameters: list[nn.Parameter]
-    waiting: int = 0
-    flat: Tensor | None = None
-
-
-@dataclass
-class _Round:
-    """The state of one backward pass whose gradients travel."""
-
-    buckets: list[_Bucket]
-    started: int = 0
-    ready: set[int] = field(default_factory=set)
+        """Remove every hook and the mesh's groups; the model is an ordinary module again, with what it holds."""
+        self.mesh.close()
 
 
 class Replicated(DataParallel):
-    """Every rank holds all parameters; gradients are summed in buckets while the backward pass goes on.
+    """Every rank of the data axis holds all parameters of its part of the model (experts: its part of them)."""
 
-    Hooks on parameters rather than a wrapper around the module: every method of the model may compute, names do not
-    change, and a model on one process takes the same path with nothing to send.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        ranks: Ranks,
-        traffic: Traffic,
-        *,
-        parameters: Sequence[nn.Parameter],
-        among: WireGroup,
-        depth: int,
-    ) -> None:
-        super().__init__(model, layout, ranks, traffic)
-        self._among = among
-        self._sums = GradientSums(depth=depth, traffic=traffic)
-        self._parameters = list(dict.fromkeys(p for p in parameters if p.requires_grad))
-        self._bucket_of: dict[nn.Parameter, int] = {}
-        self._members = self._make_buckets()
-        self._round: _Round | None = None
-        self._handles = []
-        if among.size > 1:
-            self._handles = [p.register_post_accumulate_grad_hook(self._accumulated) for p in self._parameters]
-
-    def _make_buckets(self) -> list[list[nn.Parameter]]:
-        # Gradients come in about the reverse of the order of definition.
-        buckets: list[list[nn.Parameter]] = []
-        filled = BUCKET_BYTES
-        for parameter in reversed(self._parameters):
-            size = parameter.numel() * parameter.element_size()
-            if filled + size > BUCKET_BYTES:
-                buckets.append([])
-                filled = 0
-            buckets[-1].append(parameter)
-            self._bucket_of[parameter] = len(buckets) - 1
-            filled += size
-        return buckets
+    def __init__(self, model: nn.Module, mesh: Mesh, traffic: Traffic, *, buckets: Sequence[Buckets]) -> None:
+        super().__init__(model, mesh, traffic)
+        self._buckets = list(buckets)
 
     def begin_backward(self, *, last: bool) -> None:
-        if last and self._among.size > 1:
-            self._round = _Round([_Bucket(members, waiting=len(members)) for members in self._members])
-
-    def _accumulated(self, parameter: Tensor) -> None:
-        current = self._round
-        if current is None:
-            return
-        assert isinstance(parameter, nn.Parameter)
-        bucket = self._bucket_of[parameter]
-        if id(parameter) in current.ready:
-            if bucket < current.started:
-                raise RuntimeError(
-                    f"a parameter of shape {list(parameter.shape)} got a second gradient in one backward pass after the"
-                    " first was sent; reentrant checkpointing does that: use use_reentrant=False"
-                )
-            return
-        current.ready.add(id(parameter))
-        current.buckets[bucket].waiting -= 1
-        # In the order of buckets, whatever order the gradients come in: all ranks must start the same sums.
-        while current.started < len(current.buckets) and current.buckets[current.started].waiting == 0:
-            self._start(current)
-
-    def _start(self, current: _Round) -> None:
-        bucket = current.buckets[current.started]
-        current.started += 1
-        pieces = []
-        for parameter in bucket.parameters:
-            gradient = parameter.grad
-            pieces.append(
-                torch.zeros(parameter.numel(), device=parameter.device)
-                if gradient is None
-                else gradient.reshape(-1).to(torch.float32)
-            )
-        # Behind the gradients, one number for each: how many ranks have one. So a parameter that nobody used stays
-        # without a gradient, and no further message is needed to know it.
-        used = torch.tensor([float(p.grad is not None) for p in bucket.parameters], device=pieces[0].device)
-        bucket.flat = torch.cat([*pieces, used])
-        self._sums.all_reduce(bucket.flat, self._among, owner=bucket)
+        for buckets in self._buckets:
+            buckets.begin_backward(last=last)
 
     def end_backward(self, *, last: bool) -> None:
-        current = self._round
-        if current is None:
-            return
-        while current.started < len(current.buckets):
-            self._start(current)
-        self._sums.finish()
-        self._round = None
-        for bucket in current.buckets:
-            assert bucket.flat is not None
-            self._take(bucket.parameters, bucket.flat)
-
-    def _take(self, parameters: list[nn.Parameter], flat: Tensor) -> None:
-        used = flat[-len(parameters) :].tolist()
-        begin = 0
-        for parameter, count in zip(parameters, used, strict=True):
-            part = flat[begin : begin + parameter.numel()].view(parameter.shape)
-            begin += parameter.numel()
-            if count == 0:
-                parameter.grad = None
-            elif parameter.grad is None:
-                parameter.grad = part.to(parameter.dtype, copy=True)
-            else:
-                parameter.grad.copy_(part)
+        for buckets in self._buckets:
+            buckets.end_backward(last=last)
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for buckets in self._buckets:
+            buckets.close()
+        super().close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,15 +19,23 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from trainwright.comm.collectives import GradientSums, WireGroup
-from trainwright.comm.mesh import DataMesh, Layout
-from trainwright.comm.ranks import Ranks
+from trainwright.comm.mesh import Axis, Mesh
 from trainwright.comm.traffic import Traffic
-from trainwright.parallel.data_parallel import DataParallel, Replicated
+from trainwright.parallel.buckets import Buckets
+from trainwright.parallel.data_parallel import DataParallel
 
 if TYPE_CHECKING:
     from trainwright.parallel.zero import ZeroOptions
 
-__all__ = ["Sharded", "run_as_forward"]
+__all__ = ["Sharded", "ShardedModule", "run_as_forward"]
+
+
+class ShardedModule(NamedTuple):
+    """One module that FSDP2 manages, and the axes over which its parameters are sharded and repeated."""
+
+    module: FSDPModule
+    shard: Axis
+    replica: Axis
 
 
 class _CountedGather(DefaultAllGather):
@@ -83,36 +91,33 @@ class Sharded(DataParallel):
     def __init__(
         self,
         model: nn.Module,
-        layout: Layout,
-        ranks: Ranks,
+        mesh: Mesh,
         traffic: Traffic,
         *,
-        modules: Sequence[FSDPModule],
-        mesh: DataMesh,
-        rest: Replicated,
+        modules: Sequence[ShardedModule],
+        buckets: Sequence[Buckets],
         options: ZeroOptions,
         depth: int,
     ) -> None:
-        super().__init__(model, layout, ranks, traffic)
+        super().__init__(model, mesh, traffic)
         assert isinstance(model, FSDPModule)
         self._root = model
-        self._modules = list(modules)
-        self._mesh = mesh
-        self._rest = rest
+        self._modules = [sharded.module for sharded in modules]
+        self._rest = list(buckets)
         self._sums = GradientSums(depth=depth, traffic=traffic)
         self._used: dict[int, bool] = {}
         self._watched: set[int] = set()
         self._handles: list[Any] = []
         self._held: dict[nn.Parameter, Tensor] = {}
-        self._set_collectives(options)
+        self._set_collectives(modules, options)
         self._set_prefetch(options.prefetch)
         for module in self._modules:
             module.set_reduce_scatter_unused_params(True)  # ranks that use different parameters must not hang
 
-    def _set_collectives(self, options: ZeroOptions) -> None:
-        shards = WireGroup(self._mesh.shard_group, options.wire)
-        replicas = WireGroup(self._mesh.replica_group, options.wire)
-        for module in self._modules:
+    def _set_collectives(self, modules: Sequence[ShardedModule], options: ZeroOptions) -> None:
+        for module, shard, replica in modules:
+            shards = WireGroup(shard.group, options.wire)
+            replicas = WireGroup(replica.group, options.wire)
             module.set_custom_all_gather(_CountedGather(self.traffic))
             module.set_custom_reduce_scatter(_WireScatter(module, self._sums, shards, replicas))
             module.set_gradient_divide_factor(1.0)
@@ -134,11 +139,13 @@ class Sharded(DataParallel):
         self._root.set_requires_gradient_sync(last or not local)
         self._root.set_reshard_after_backward(last or self.layout.gather == "micro_batch")
         self._watch()
-        self._rest.begin_backward(last=last)
+        for buckets in self._rest:
+            buckets.begin_backward(last=last)
 
     def end_backward(self, *, last: bool) -> None:
         self._sums.finish()
-        self._rest.end_backward(last=last)
+        for buckets in self._rest:
+            buckets.end_backward(last=last)
         if self.layout.accumulate == "sharded":
             self._hold(last)
         if last:
@@ -193,8 +200,8 @@ class Sharded(DataParallel):
         """Take the zero gradient away from parameters that no rank used in the whole step, as in a single process."""
         trained = [p for p in self._fsdp_params() if p.sharded_param.requires_grad]
         flags = torch.tensor([self._used.get(id(p), False) for p in trained], dtype=torch.int32)
-        if self.ranks.any(not bool(flags.all())):
-            self.ranks.sum_(flags)
+        if self.data.any(not bool(flags.all())):
+            self.data.sum_(flags)
             for fsdp_param, count in zip(trained, flags.tolist(), strict=True):
                 if count == 0:
                     fsdp_param.sharded_param.grad = None
@@ -212,18 +219,15 @@ class Sharded(DataParallel):
         for module in self._modules:
             module.reshard()
 
-    def shard_group_sum(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, group=self._mesh.shard_group)
-        return tensor
-
     def close(self) -> None:
         self._sums.finish()
         self.drop_gathered()
-        self._rest.close()
-        self._mesh.close()
+        for buckets in self._rest:
+            buckets.close()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        super().close()
 
 
 def run_as_forward(model: Any, name: str) -> None:

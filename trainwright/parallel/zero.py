@@ -16,17 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from trainwright.base.errors import ConfigError
 from trainwright.comm.collectives import WireGroup
-from trainwright.comm.mesh import DataMesh, Layout, make_data_mesh
-from trainwright.comm.ranks import Ranks
+from trainwright.comm.mesh import Axis, Mesh
 from trainwright.comm.traffic import Traffic
 from trainwright.parallel.blocks import find_blocks
+from trainwright.parallel.buckets import Buckets
 from trainwright.parallel.data_parallel import DataParallel, Replicated
-from trainwright.parallel.sharded import Sharded, run_as_forward
+from trainwright.parallel.sharded import Sharded, ShardedModule, run_as_forward
 
 __all__ = ["ZeroOptions", "apply_zero"]
 
@@ -56,77 +57,104 @@ class ZeroOptions:
     host_parameters: bool = False
 
 
-def apply_zero(model: nn.Module, layout: Layout, ranks: Ranks, options: ZeroOptions | None = None) -> DataParallel:
-    """Divide `model` in place as the layout says; a collective of all ranks.
+def apply_zero(
+    model: nn.Module,
+    mesh: Mesh,
+    options: ZeroOptions | None = None,
+    *,
+    experts: Sequence[nn.Module] = (),
+) -> DataParallel:
+    """Divide the state of `model` in place as the mesh's layout says; a collective of all ranks.
 
-    Parameters must be equal on all ranks (see `synchronise`), on their device, in the type in which they are to be
-    held, and changed no more in their set. Names stay as they are; divided parameters become DTensors.
+    Parameters must be equal on all ranks of the data axis (see `synchronise`), on their device or on the meta device,
+    in the type in which they are to be held, and changed no more in their set. Those that are divided already, over
+    the tensor or the expert axis, are DTensors of that axis. Names stay as they are; what is divided becomes a DTensor.
+
+    Args:
+        experts: modules whose parameters are divided over the expert axis: their gradients are sums over the tokens of
+            all its ranks already, and their state is sharded over what is left of the data axis.
 
     Raises:
         ConfigError: a `keep_fp32` pattern matches no module; trained parameters of one module have several types.
     """
     options = options or ZeroOptions()
     traffic = Traffic()
-    mesh = make_data_mesh(layout, ranks)
-    depth = options.overlap if ranks.device.type == "cpu" else 0  # on a GPU streams overlap, without our help
-    if mesh.shard is None:
-        among = WireGroup(mesh.all_group, options.wire)
-        parameters = list(model.parameters())
-        return Replicated(model, layout, ranks, traffic, parameters=parameters, among=among, depth=depth)
+    depth = options.overlap if mesh.ranks.device.type == "cpu" else 0  # on a GPU streams overlap, without our help
+    apart = {p for module in experts for p in module.parameters()} if mesh.expert.size > 1 else set()
+
+    def buckets(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> Buckets:
+        return Buckets(parameters, WireGroup(group, options.wire), depth=depth, traffic=traffic)
+
+    own = [p for p in model.parameters() if p in apart]
+    if not mesh.layout.is_sharded:
+        common = [p for p in model.parameters() if p not in apart]
+        both = [buckets(common, mesh.data.group), buckets(own, mesh.expert_replica.group)]
+        return Replicated(model, mesh, traffic, buckets=both)
     scalars = {p for p in model.parameters() if p.dim() == 0}  # which FSDP2 cannot divide
-    groups = _wrap(model, layout, mesh, options, scalars)
-    rest = Replicated(
-        model,
-        layout,
-        ranks,
-        traffic,
-        parameters=[p for p in model.parameters() if p in scalars],
-        among=WireGroup(mesh.all_group, options.wire),
-        depth=depth,
-    )
-    return Sharded(model, layout, ranks, traffic, modules=groups, mesh=mesh, rest=rest, options=options, depth=depth)
+    # Experts of which every rank of a copy holds its own are not divided any further.
+    whole = {*own} if mesh.expert_shard.size == 1 else set()
+    wrap = _Wrap(model, mesh, options, scalars | whole)
+    modules = wrap.all(list(experts) if apart and not whole else [])
+    rest = [buckets([p for p in model.parameters() if p in scalars and p not in whole], mesh.data.group)]
+    if whole:
+        rest.append(buckets(own, mesh.expert_replica.group))
+    return Sharded(model, mesh, traffic, modules=modules, buckets=rest, options=options, depth=depth)
 
 
-def _wrap(
-    model: nn.Module, layout: Layout, mesh: DataMesh, options: ZeroOptions, scalars: set[nn.Parameter]
-) -> list[FSDPModule]:
-    """`fully_shard` from the inside out; returns the wrapped modules, blocks first, in order of definition."""
-    policy = _policy(options.compute)
-    plain = _policy(None)
-    frees = layout.gather == "micro_batch"
-    blocks = find_blocks(model)
-    kept = _modules_kept(model, options)
-    groups: list[nn.Module] = []
-    on_device = mesh.shard is None or mesh.shard.device_type == "cpu" or not options.host_parameters
-    offload = OffloadPolicy() if on_device else CPUOffloadPolicy()
+class _Wrap:
+    """`fully_shard` of a model's modules, from the inside out."""
 
-    def shard(module: nn.Module, mixed: MixedPrecisionPolicy, reshard: bool) -> None:
+    def __init__(self, model: nn.Module, mesh: Mesh, options: ZeroOptions, ignored: set[nn.Parameter]) -> None:
+        self.model = model
+        self.mesh = mesh
+        self.options = options
+        self.ignored = ignored
+        self.frees = mesh.layout.gather == "micro_batch"
+        on_device = mesh.ranks.device.type == "cpu" or not options.host_parameters
+        self.offload = OffloadPolicy() if on_device else CPUOffloadPolicy()
+        self.done: list[ShardedModule] = []
+
+    def all(self, experts: Sequence[nn.Module]) -> list[ShardedModule]:
+        """Wrap everything; returns the wrapped modules, blocks first, in order of definition."""
+        model, policy, frees = self.model, _policy(self.options.compute), self.frees
+        blocks = [block for _, block in find_blocks(model)]
+        kept = _modules_kept(model, self.options)
+        for module in kept:
+            self.shard(module, _policy(None), frees)
+        for module in experts:
+            self.shard(module, policy, frees, self.mesh.expert_shard, self.mesh.expert_replica)
+        for block in blocks:
+            for part in _by_type(block, [*kept, *experts]):
+                self.shard(part, policy, frees)
+            self.shard(block, policy, frees)
+        for part in _by_type(model, [*kept, *blocks]):
+            if part not in blocks:
+                self.shard(part, policy, frees)
+        self.shard(model, policy, False)
+        for method in FORWARD_METHODS:
+            if callable(getattr(model, method, None)):
+                run_as_forward(model, method)
+        return self.done
+
+    def shard(
+        self,
+        module: nn.Module,
+        mixed: MixedPrecisionPolicy,
+        reshard: bool,
+        shard: Axis | None = None,
+        replica: Axis | None = None,
+    ) -> None:
+        axis = shard or self.mesh.shard
         fully_shard(
             module,
-            mesh=mesh.shard,
+            mesh=axis.mesh,
             mp_policy=mixed,
             reshard_after_forward=reshard,
-            ignored_params=scalars,
-            offload_policy=offload,
+            ignored_params=self.ignored,
+            offload_policy=self.offload,
         )
-        groups.append(module)
-
-    for module in kept:
-        shard(module, plain, frees)
-    for _, block in blocks:
-        for part in _by_type(block, kept):
-            shard(part, policy, frees)
-        shard(block, policy, frees)
-    stacks = {id(block) for _, block in blocks}
-    for part in _by_type(model, [*kept, *(b for _, b in blocks)]):
-        if id(part) not in stacks:
-            shard(part, policy, frees)
-    shard(model, policy, False)
-    assert isinstance(model, FSDPModule)
-    for method in FORWARD_METHODS:
-        if callable(getattr(model, method, None)):
-            run_as_forward(model, method)
-    return [module for module in groups if isinstance(module, FSDPModule)]
+        assert isinstance(module, FSDPModule)
+        self.done.append(ShardedModule(module, axis, replica or self.mesh.replica))
 
 
 def _policy(compute: torch.dtype | None) -> MixedPrecisionPolicy:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trainwright.base.text import human_bytes, human_count, human_duration
-from trainwright.comm.mesh import Layout
+from trainwright.comm.layout import Layout
 
 __all__ = ["Decision", "Plan", "Prediction"]
 

@@ -11,6 +11,7 @@ from trainwright.base.errors import ConfigError
 from trainwright.base.units import Duration
 from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks
+from trainwright.comm.mesh import make_mesh
 from trainwright.config import Recipe
 from trainwright.data import Loader, load_tokenizer
 from trainwright.engine import (
@@ -57,8 +58,7 @@ def build(
         compile_blocks(model)
     data_parallel = divide(
         model,
-        plan.layout,
-        ranks,
+        make_mesh(plan.layout, ranks),
         policy,
         precision=recipe.precision,
         parallel=recipe.parallel,
