@@ -19,6 +19,7 @@ from trainwright.base.errors import ConfigError
 from trainwright.memory.offload import ActivationOffload
 from trainwright.memory.selective import selective_contexts
 from trainwright.models import Decoder
+from trainwright.models.dropout import pin
 
 __all__ = ["RecomputePolicy", "apply_recompute", "read_policy", "remove_recompute"]
 
@@ -174,6 +175,7 @@ class _Recomputed:
             return (self.compiled or self._plain)(*arguments, **options)
         if self.kind == "selective":
             return (self.compiled or self._selective)(*arguments, **options)
+        inside = self._pinned(self.compiled or self._plain)
         # Only positional tensors pass the hooks that offload them, so tensors given by name travel by position.
         names = [name for name, value in options.items() if isinstance(value, Tensor)]
         rest = {name: value for name, value in options.items() if name not in names}
@@ -181,7 +183,7 @@ class _Recomputed:
 
         def run(*values: Any) -> Any:
             named = dict(zip(names, values[count:], strict=True))
-            return (self.compiled or self._plain)(*values[:count], **rest, **named)
+            return inside(*values[:count], **rest, **named)
 
         return checkpoint(
             run,
@@ -194,13 +196,25 @@ class _Recomputed:
 
     def _selective(self, *arguments: Any, **options: Any) -> Any:
         return checkpoint(
-            self._plain,
+            # The compiler saves what dropout saw like any input of the block.
+            self._plain if torch.compiler.is_compiling() else self._pinned(self._plain),
             *arguments,
             use_reentrant=False,
             context_fn=selective_contexts,
             preserve_rng_state=True,
             **options,
         )
+
+    def _pinned(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, whose dropouts see the tokens of now whenever it runs: other forward passes may begin before it is
+        computed again."""
+        tokens = pin(self.block)
+
+        def pinned(*arguments: Any, **options: Any) -> Any:
+            with tokens():
+                return run(*arguments, **options)
+
+        return pinned
 
     def _plain(self, *arguments: Any, **options: Any) -> Any:
         if self.own_forward is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainwright.models.cache import LayerCache
+from trainwright.models.dropout import KeptWeights
 from trainwright.ops.attention import attention
 
 __all__ = ["SelfAttention", "attend"]
@@ -25,12 +26,14 @@ def attend(
     window: int | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    kept: KeptWeights | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention of q [B, T, Hq, D] over k, v [B, T, Hkv, D] and what the cache holds; returns [B, T, Hq, D].
 
     document_ids [B, T] restricts each token to its own document; key_mask [B, S] (True = real token) hides padding.
-    dropout is the probability of dropping an attention weight; above zero it costs a [B, Hq, T, T] matrix.
+    dropout is the probability of dropping an attention weight; above zero it costs a [B, Hq, T, T] matrix. kept says
+    which weights stay (without a cache); None leaves it to torch's generator.
     backend is a name of `ops.attention.BACKENDS` or "auto"; without effect beside a cache or dropout.
     """
     if cache is not None:
@@ -39,7 +42,19 @@ def attend(
         if key_mask is not None:
             key_mask = key_mask[:, -k.shape[1] :]
     if dropout > 0.0:
-        return _attention_with_dropout(q, k, v, document_ids, key_mask, window, scale, dropout)
+        allowed = _allowed(q, k, document_ids, key_mask, window)
+        if kept is not None and cache is None:
+            return _attention_with_kept(q, k, v, allowed, scale, kept)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=allowed,
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.transpose(1, 2)
     return attention(q, k, v, document_ids=document_ids, window=window, scale=scale, key_mask=key_mask, backend=backend)
 
 
@@ -54,16 +69,8 @@ class SelfAttention(nn.Module):
     attend: Callable[..., Tensor] = staticmethod(attend)
 
 
-def _attention_with_dropout(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    document_ids: Tensor | None,
-    key_mask: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    dropout: float,
-) -> Tensor:
+def _allowed(q: Tensor, k: Tensor, document_ids: Tensor | None, key_mask: Tensor | None, window: int | None) -> Tensor:
+    """Which key each query may see, bool [B or 1, 1, T, S]."""
     query_index = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
     key_index = torch.arange(k.shape[1], device=q.device)[None, :]
     allowed = key_index <= query_index
@@ -74,13 +81,19 @@ def _attention_with_dropout(
         allowed = allowed & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     if key_mask is not None:
         allowed = allowed & (key_mask[:, None, None, :] | (key_index == query_index))
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=allowed,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
+    return allowed
+
+
+def _attention_with_kept(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None, kept: KeptWeights
+) -> Tensor:
+    """softmax(q k) v with the weights that `kept` names, the others zero; as `scaled_dot_product_attention` else."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    groups = q.shape[2] // k.shape[2]  # query heads that share a key head
+    heads = q.transpose(1, 2).unflatten(1, (-1, groups))  # [B, Hkv, G, T, D]
+    keys, values = k.transpose(1, 2)[:, :, None], v.transpose(1, 2)[:, :, None]
+    scores = (heads * scale) @ keys.transpose(-1, -2)
+    weights = torch.softmax(scores.float().masked_fill(~allowed[:, :, None], -torch.inf), dim=-1)
+    mask = kept.mask(q.shape[2]).unflatten(1, (-1, groups))
+    weights = weights * mask * (1.0 / (1.0 - kept.p))
+    return (weights.to(v.dtype) @ values).flatten(1, 2).transpose(1, 2)

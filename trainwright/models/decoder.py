@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from trainwright.models.attention import SelfAttention
 from trainwright.models.cache import KVCache
+from trainwright.models.dropout import DropoutPlace, join_place
 from trainwright.ops.attention.choose import check_backend
 from trainwright.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 
@@ -74,6 +75,7 @@ class Decoder(nn.Module, ABC):
             last = past + input_ids.shape[1]
             self.check_positions(last)
             position_ids = torch.arange(past, last, device=input_ids.device)
+        self.dropout_place.locate(position_ids, document_ids)
         x = self.run_blocks(self.embed(input_ids, position_ids), position_ids, document_ids, key_mask, cache)
         if cache is not None:
             cache.advance(input_ids.shape[1])
@@ -121,6 +123,18 @@ class Decoder(nn.Module, ABC):
             input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache, key_mask=key_mask
         )
         return F.linear(hidden, self.head_weight)
+
+    @property
+    def dropout_place(self) -> DropoutPlace:
+        """Which tokens the dropouts of this model see; for `set_dropout` and for who divides sequences."""
+        place: DropoutPlace = self.__dict__.setdefault("_dropout_place", DropoutPlace())
+        return place
+
+    def set_dropout(self, *, seed: int | None, rows: Tensor | None) -> None:
+        """What the coming forward pass drops: a pure function of the step's seed, the global numbers of its rows [B],
+        documents and positions, whatever the layout. None for both goes back to torch's generator."""
+        if rows is None or join_place(self, self.dropout_place, rows.device):
+            self.dropout_place.set(seed, rows)
 
     def set_attention_backend(self, name: str) -> None:
         """Use one backend of `ops.attention.BACKENDS`, or "auto", wherever no cache is.

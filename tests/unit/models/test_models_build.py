@@ -228,14 +228,18 @@ def test_gpt2_dropout_is_active_in_training_only() -> None:
 
 def test_dropout_path_without_drops_equals_attention() -> None:
     """The plain path used under dropout has the same mask as the operator: documents, window and padding."""
-    from trainwright.models.attention import _attention_with_dropout
+    from trainwright.models.attention import attend
+    from trainwright.models.dropout import KeptWeights
     from trainwright.ops.attention import attention
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 9, heads, 8, generator=generator) for heads in (4, 2, 2))
     owners = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2]] * 2, dtype=torch.int32)
-    ours = _attention_with_dropout(q, k, v, owners, None, 3, None, 0.0)
-    torch.testing.assert_close(ours, attention(q, k, v, document_ids=owners, window=3), rtol=1e-5, atol=1e-6)
+    arguments = {"document_ids": owners, "key_mask": None, "cache": None, "window": 3, "dropout": 1e-12}
+    expected = attention(q, k, v, document_ids=owners, window=3)
+    torch.testing.assert_close(attend(q, k, v, **arguments), expected, rtol=1e-5, atol=1e-6)
+    all_kept = KeptWeights(0.0, torch.zeros(2, 9, dtype=torch.int64), torch.arange(9))
+    torch.testing.assert_close(attend(q, k, v, **arguments, kept=all_kept), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_learned_positions_are_not_exceeded() -> None:

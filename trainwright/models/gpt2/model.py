@@ -13,6 +13,7 @@ from trainwright.base.errors import ModelError
 from trainwright.models.attention import SelfAttention
 from trainwright.models.cache import KVCache, LayerCache
 from trainwright.models.decoder import Decoder
+from trainwright.models.dropout import AttentionDropout, Dropout
 from trainwright.models.gpt2.config import GPT2Config
 from trainwright.ops.activation import activation
 from trainwright.ops.norm import layer_norm
@@ -40,10 +41,10 @@ class GPT2Attention(SelfAttention):
         super().__init__()
         self.num_heads = config.num_heads
         self.scale = config.attention_scale(layer)
-        self.attn_dropout = config.attn_dropout
+        self.attn_dropout = AttentionDropout(config.attn_dropout)
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.resid_dropout)
+        self.resid_dropout = Dropout(config.resid_dropout)
 
     def forward(
         self,
@@ -61,8 +62,8 @@ class GPT2Attention(SelfAttention):
             key_mask=key_mask,
             cache=cache,
             scale=self.scale,
-            dropout=self.attn_dropout if self.training else 0.0,
             backend=self.attention_backend,
+            **self.attn_dropout.arguments(),
         )
         return self.resid_dropout(self.c_proj(out.flatten(-2)))
 
@@ -75,7 +76,7 @@ class GPT2MLP(nn.Module):
         self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
         self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
         self.activation = activation(config.activation)
-        self.dropout = nn.Dropout(config.resid_dropout)
+        self.dropout = Dropout(config.resid_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
@@ -109,7 +110,7 @@ class GPT2Trunk(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.drop = nn.Dropout(config.embd_dropout)
+        self.drop = Dropout(config.embd_dropout)
         self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.num_layers))
         self.ln_f = LayerNorm(config.hidden_size, config.layer_norm_eps, config.bias)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainwright.models.attention import SelfAttention
 from trainwright.models.cache import KVCache, LayerCache
 from trainwright.models.decoder import Decoder
+from trainwright.models.dropout import AttentionDropout
 from trainwright.models.llama.config import LlamaConfig
 from trainwright.ops.activation import swiglu
 from trainwright.ops.norm import rms_norm
@@ -44,6 +45,7 @@ class Attention(SelfAttention):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.output_bias)
+        self.attention_dropout = AttentionDropout(config.attention_dropout)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -70,8 +72,8 @@ class Attention(SelfAttention):
             key_mask=key_mask,
             cache=cache,
             window=self.window,
-            dropout=config.attention_dropout if self.training else 0.0,
             backend=self.attention_backend,
+            **self.attention_dropout.arguments(),
         )
         return self.o_proj(out.flatten(-2))
 
