@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from trainwright.base.errors import ConfigError
 
@@ -96,11 +97,24 @@ class Layout:
     pipeline: PipelineLayout = field(default_factory=PipelineLayout)
 
     def __post_init__(self) -> None:
-        problems = list(self._problems())
+        problems = self.problems()
         if problems:
             raise ConfigError(
                 f"this layout cannot run on {self.world} processes: " + "; ".join(problems), hint=self._nearest()
             )
+
+    @classmethod
+    def draft(cls, world: int, zero: int, shard: int, **others: Any) -> Layout:
+        """A layout whose rules have not been checked: to ask what is wrong with it, not to run with."""
+        layout = object.__new__(cls)
+        pipeline = others.pop("pipeline", PipelineLayout())
+        for name, value in {"world": world, "zero": zero, "shard": shard, "pipeline": pipeline, **others}.items():
+            object.__setattr__(layout, name, value)
+        return layout
+
+    def problems(self) -> list[str]:
+        """Every rule that does not hold; empty for a layout that was made in the ordinary way."""
+        return list(self._problems())
 
     def _problems(self) -> Iterator[str]:
         degrees = {"tensor": self.tensor, "context": self.context, "expert": self.expert, "ulysses": self.ulysses}
