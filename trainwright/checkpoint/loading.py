@@ -19,11 +19,12 @@ from trainwright.checkpoint.agreement import failure_of
 from trainwright.checkpoint.discovery import all_refused, report_refused, step_folders
 from trainwright.checkpoint.manifest import Manifest, encode_manifest
 from trainwright.checkpoint.reader import CheckpointReader
-from trainwright.checkpoint.sharding import Box, boxes_of, is_sharded, like_sharded, local_part
+from trainwright.checkpoint.sharding import boxes_of, is_sharded, like_sharded, local_part
 from trainwright.checkpoint.storage import hash_bytes
 from trainwright.checkpoint.tensors import dtype_name
 from trainwright.checkpoint.tree import Leaves, leaves_of, tensor_paths
 from trainwright.comm import ALONE, Ranks
+from trainwright.comm.boxes import Box
 
 __all__ = ["Loaded", "agree", "check_same_tensors", "load_checkpoint", "load_latest"]
 

@@ -16,10 +16,11 @@ import torch
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint.agreement import Agreement, failure_of
 from trainwright.checkpoint.manifest import DTYPE_BYTES
-from trainwright.checkpoint.sharding import boxes_of, local_part, narrow
+from trainwright.checkpoint.sharding import boxes_of, local_part
 from trainwright.checkpoint.storage import hash_bytes
 from trainwright.checkpoint.tensors import Piece, dtype_name
 from trainwright.checkpoint.tree import Json, Leaves, structure_of
+from trainwright.comm.boxes import narrow
 
 __all__ = ["Plan", "Planner", "pieces_of", "plan_writes"]
 

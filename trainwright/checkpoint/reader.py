@@ -19,10 +19,10 @@ from trainwright.base.errors import CheckpointError
 from trainwright.base.faults import fault_point
 from trainwright.checkpoint import storage
 from trainwright.checkpoint.manifest import MANIFEST_NAME, ChunkEntry, Manifest, TensorEntry
-from trainwright.checkpoint.sharding import Box, narrow
 from trainwright.checkpoint.tensors import byte_view, torch_dtype
 from trainwright.checkpoint.tree import unflatten
 from trainwright.checkpoint.validation import file_problems, read_manifest, refusal
+from trainwright.comm.boxes import Box, narrow
 
 __all__ = ["CheckpointReader"]
 

@@ -6,34 +6,15 @@ uneven size or empty; on meshes of more dimensions (FSDP2 with tensor parallelis
 
 from __future__ import annotations
 
-import itertools
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from trainwright.base.errors import CheckpointError
+from trainwright.comm.boxes import Box, local_boxes
 
-__all__ = ["Box", "boxes_of", "is_sharded", "like_sharded", "local_boxes", "local_part", "narrow"]
-
-Runs = list[tuple[int, int]]
-"""Positions along one dimension, in the order in which the rank holds them: (first, count) of each unbroken run."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """A box of the whole tensor that begins at `offset`; in the rank's part it begins at `at`."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    at: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
+__all__ = ["boxes_of", "is_sharded", "like_sharded", "local_part"]
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -88,53 +69,3 @@ def boxes_of(tensor: torch.Tensor, name: str) -> tuple[Box, ...]:
             f"shape {list(tensor.shape)} with {layout.placements} on a mesh of {list(layout.device_mesh.shape)}"
         )
     return boxes
-
-
-def local_boxes(
-    shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Any]
-) -> tuple[tuple[int, ...], tuple[Box, ...]]:
-    """(shape of the local part, its boxes) at a coordinate of a mesh. Pure; the rule is that of torch.chunk."""
-    runs: list[Runs] = [[(0, size)] if size else [] for size in shape]
-    for ranks, mine, placement in zip(mesh, coordinate, placements, strict=True):
-        if placement.is_replicate():
-            continue
-        # _StridedShard: another mesh dimension cut first, into `split_factor` pieces; each of them is cut here.
-        pieces = int(getattr(placement, "split_factor", 1))
-        whole = runs[placement.dim]
-        runs[placement.dim] = [
-            run for piece in range(pieces) for run in _part(_part(whole, pieces, piece), ranks, mine)
-        ]
-    local_shape = tuple(sum(count for _, count in dim) for dim in runs)
-    starts = [list(itertools.accumulate((count for _, count in dim), initial=0)) for dim in runs]
-    boxes = []
-    for chosen in itertools.product(*(range(len(dim)) for dim in runs)):
-        picked = [dim[i] for dim, i in zip(runs, chosen, strict=True)]
-        at = tuple(dim[i] for dim, i in zip(starts, chosen, strict=True))
-        boxes.append(Box(tuple(first for first, _ in picked), tuple(count for _, count in picked), at))
-    return local_shape, tuple(boxes)
-
-
-def _part(runs: Runs, parts: int, index: int) -> Runs:
-    """The index-th of `parts` pieces as torch.chunk cuts them: equal ones, then a shorter one, then empty ones."""
-    total = sum(count for _, count in runs)
-    size = -(-total // parts)
-    low, high = min(total, size * index), min(total, size * (index + 1))
-    result: Runs = []
-    position = 0
-    for first, count in runs:
-        start, stop = max(low, position), min(high, position + count)
-        if start < stop:
-            begin = first + start - position
-            if result and sum(result[-1]) == begin:
-                result[-1] = (result[-1][0], result[-1][1] + stop - start)
-            else:
-                result.append((begin, stop - start))
-        position += count
-    return result
-
-
-def narrow(tensor: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """The box of a tensor that begins at `offset`, as a view."""
-    for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor

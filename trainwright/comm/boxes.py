@@ -1,7 +1,7 @@
 """Where the part of a tensor that a rank holds lies in the whole tensor: boxes, for any mesh and any sharding. Pure.
 
-One dimension of a mesh that cuts rows gives one box of rows, of uneven size or empty; on meshes of more dimensions (FSDP2
-over tensor parallelism) the part of a rank may be several boxes. The rule is that of torch.chunk.
+One dimension of a mesh that cuts rows gives one box of rows, of uneven size or empty; on meshes of more dimensions
+(FSDP2 over tensor parallelism) the part of a rank may be several boxes. The rule is that of torch.chunk.
 """
 
 from __future__ import annotations

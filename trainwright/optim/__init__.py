@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from trainwright.optim.build import build_optimizer
-from trainwright.optim.clip import clip_factor, clip_gradients, gradient_norm, norm_from, squared_norms
+from trainwright.optim.clip import (
+    clip_factor,
+    clip_gradients,
+    gradient_norm,
+    norm_from,
+    parts_of,
+    squared_norm_sum,
+    squared_norms,
+)
 from trainwright.optim.ema import EMA
 from trainwright.optim.groups import GroupSummary, describe_groups
 from trainwright.optim.loss_scale import LossScaleOptions, LossScaler, ScaleEvent
@@ -33,5 +41,7 @@ __all__ = [
     "describe_groups",
     "gradient_norm",
     "norm_from",
+    "parts_of",
+    "squared_norm_sum",
     "squared_norms",
 ]

@@ -1,8 +1,8 @@
 """Adafactor (1804.04235) with the meaning of torch.optim.Adafactor: `lr` bounds the relative step min(lr, 1/sqrt(t)).
 
 The second moment of a matrix is kept as one row and one column: state of rows + columns numbers instead of rows x
-columns. Sharded matrices need two small sums over the ranks per step. Nothing is read back to the host, so a GPU never
-waits (torch's own version calls `.item()` per parameter).
+columns. Divided matrices need two small sums over the ranks per step, three where their columns are divided. Nothing is
+read back to the host, so a GPU never waits (torch's own version calls `.item()` per parameter).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
 from trainwright.optim.exchange import sum_over_ranks
+from trainwright.optim.shard import Shard
 
 __all__ = ["ADAFACTOR"]
 
@@ -27,69 +28,94 @@ def _init(parameter: Tensor, group: Group) -> ParameterState:
     return step | {"row_var": parameter.new_zeros(*lead, rows, 1), "col_var": parameter.new_zeros(*lead, 1, columns)}
 
 
-def _replicated(key: str, dimensions: int) -> bool:
-    # Rows of a matrix lie on different ranks, so its column statistics belong to all; of a stack each has its own.
-    return key == "col_var" and dimensions == 2
+def _placed(key: str, shard: Shard) -> Shard | None:
+    # Where the columns of a matrix lie on different ranks its row statistics belong to all, and the other way round.
+    if key == "row_var":
+        return shard.without(-1)
+    return shard.without(-2) if key == "col_var" else shard
 
 
 def _update(group: Group, items: list[Item], gradient_factor: Tensor | None) -> None:
-    shards = [item.shard for item in items]
-    sums = sum_over_ranks([_first_sums(group, item) for item in items], shards)
-    updates = [
-        None if item.gradient is None else _direction(group, item, summed)
-        for item, summed in zip(items, sums, strict=True)
-    ]
+    _update_rows(group, items)
+    matrices = [item for item in items if len(item.shape) > 1]
+    sums = sum_over_ranks(
+        [_weights_squared(item) for item in items] + [_by_column(item) for item in matrices],
+        [item.shard for item in items] + [_over(item, -2) for item in matrices],
+    )
+    columns = dict(zip(map(id, matrices), sums[len(items) :], strict=True))
+    updates = [None if item.gradient is None else _direction(group, item, columns.get(id(item))) for item in items]
     squares = sum_over_ranks(
         [
-            item.weights.new_zeros(1) if update is None else torch.linalg.vector_norm(update).square_()[None]
+            item.weights.new_zeros(1) if update is None else _squared(update)
             for item, update in zip(items, updates, strict=True)
         ],
-        shards,
+        [item.shard for item in items],
     )
-    for item, update, summed, square in zip(items, updates, sums, squares, strict=True):
+    for item, update, weights, square in zip(items, updates, sums, squares, strict=False):
         if update is not None:
-            _apply(group, item, update, summed[0], square[0])
+            _apply(group, item, update, weights[0], square[0])
 
 
-def _first_sums(group: Group, item: Item) -> Tensor:
-    """What the step of one parameter needs of all its rows, as far as this rank has them: the squared norm of the
-    weights and, of a matrix, the sum of its row statistics (brought up to date here) and of squares by column."""
-    columns = item.shape[1] if len(item.shape) == 2 else 0
+def _over(item: Item, dim: int) -> Shard | None:
+    return None if item.shard is None else item.shard.over(dim)
+
+
+def _squared(tensor: Tensor) -> Tensor:
+    # A norm squared is the sum of squares without an intermediate the size of the tensor.
+    return torch.linalg.vector_norm(tensor).square_()[None]
+
+
+def _weights_squared(item: Item) -> Tensor:
+    return item.weights.new_zeros(1) if item.gradient is None else _squared(item.weights)
+
+
+def _update_rows(group: Group, items: list[Item]) -> None:
+    """Count the step, and bring the row statistics of matrices up to date."""
+    matrices = [item for item in items if len(item.shape) > 1]
+    squares = [
+        item.weights.new_zeros(item.weights.shape[:-1].numel())
+        if item.gradient is None
+        else torch.linalg.vector_norm(item.gradient, dim=-1).square_().view(-1)
+        for item in matrices
+    ]
+    summed = sum_over_ranks(squares, [_over(item, -1) for item in matrices])
+    for item in items:
+        if item.gradient is not None:
+            item.state["step"] += 1
+    for item, square in zip(matrices, summed, strict=True):
+        if item.gradient is not None:
+            rows = item.state["row_var"]
+            rows.lerp_(square.view(rows.shape) / item.shape[-1], _one_minus_beta2(group, item))
+
+
+def _by_column(item: Item) -> Tensor:
+    """Of each matrix, as far as this rank has its rows: the sum of its row statistics, and of squares by column."""
+    lead, columns = item.weights.shape[:-2].numel(), item.weights.shape[-1]
     if item.gradient is None:
-        return item.weights.new_zeros(1 + (columns and 1 + columns))
-    item.state["step"] += 1
-    weights = torch.linalg.vector_norm(item.weights).square_()[None]
-    if item.gradient.ndim < 2:
-        return weights
-    # A norm squared is the sum of squares without an intermediate the size of the gradient.
-    row = torch.linalg.vector_norm(item.gradient, dim=-1, keepdim=True).square_().div_(item.shape[-1])
-    item.state["row_var"].lerp_(row, _one_minus_beta2(group, item))
-    if not columns:
-        return weights
+        return item.weights.new_zeros(lead * (1 + columns))
     squares = torch.linalg.vector_norm(item.gradient, dim=-2).square_()
-    return torch.cat([weights, item.state["row_var"].sum()[None], squares])
+    return torch.cat([item.state["row_var"].sum(dim=-2).view(lead), squares.view(lead * columns)])
 
 
 def _one_minus_beta2(group: Group, item: Item) -> float:
     return float(item.state["step"].item() ** group["beta2_decay"])
 
 
-def _direction(group: Group, item: Item, summed: Tensor) -> Tensor:
+def _direction(group: Group, item: Item, summed: Tensor | None) -> Tensor:
     """The update before it is clipped and scaled: gradient / sqrt(second moment)."""
     grad, state = item.grad, item.state
     one_minus_beta2 = _one_minus_beta2(group, item)
     eps = torch.finfo(item.weights.dtype).eps
-    if grad.ndim < 2:
+    if summed is None:
         variance = state["variance"].lerp_(grad.square(), one_minus_beta2).clone()
     else:
         rows = item.shape[-2]
-        if grad.ndim == 2:
-            mean_of_rows, squares = summed[1] / rows, summed[2:].view(1, -1)
-        else:
-            mean_of_rows = state["row_var"].mean(dim=-2, keepdim=True)
-            squares = torch.linalg.vector_norm(grad, dim=-2, keepdim=True).square_()
-        state["col_var"].lerp_(squares / rows, one_minus_beta2)
-        variance = (state["row_var"] @ state["col_var"]).div_(mean_of_rows.clamp(min=eps))
+        columns = state["col_var"]
+        matrices = columns.shape[:-2].numel()
+        mean_of_rows, squares = summed.split([matrices, summed.numel() - matrices])
+        columns.lerp_(squares.view(columns.shape) / rows, one_minus_beta2)
+        smallest = (mean_of_rows / rows).clamp(min=eps).view(*columns.shape[:-2], 1, 1)
+        variance = (state["row_var"] @ columns).div_(smallest)
     return variance.clamp_(min=eps * eps).rsqrt_().mul_(grad)
 
 
@@ -103,4 +129,4 @@ def _apply(group: Group, item: Item, update: Tensor, weights_squared: Tensor, up
     item.weights.sub_(update.mul_(scale * relative_step / clip))
 
 
-ADAFACTOR = Algorithm(init=_init, update=_update, whole=True, replicated=_replicated)
+ADAFACTOR = Algorithm(init=_init, update=_update, whole=True, placed=_placed)

@@ -1,9 +1,10 @@
 """AdamW with moments of 8 bits (2110.02861): 2 bytes of state a parameter instead of 8.
 
 Each block of a row is stored as one fp32 scale and, per number, the index into torchao's table of 256 values whose
-spacing is finer near zero. Blocks never reach over the end of a row, so state that is sharded by rows is the same in
-every layout; it is made of plain tensors (uint8 indices, fp32 scales), which checkpoints hold like any other. Vectors
-and matrices whose rows no block divides keep fp32 moments, on the fused kernel.
+spacing is finer near zero. Blocks never reach over the end of a row, nor over a cut of one (parameters that are cut
+where a block does not end are refused), so state is the same in every layout; it is made of plain tensors (uint8
+indices, fp32 scales), which checkpoints hold like any other. Vectors and matrices whose rows no block divides keep fp32
+moments, on the fused kernel.
 
 torchao's own AdamW8bit is not used as it is: its tensor subclasses cannot be saved without pickle, its blocks depend on
 how a parameter is sharded, and without a compiler its encoder takes 24 passes of 8-byte integers. The encoder here
@@ -15,7 +16,10 @@ Shape suffixes: N blocks, K numbers in a block.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +27,7 @@ from torch import Tensor
 from trainwright.base.errors import MissingDependencyError
 from trainwright.optim.adamw import ADAMW, uses_fused
 from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
+from trainwright.optim.shard import Shard
 
 __all__ = ["ADAMW_8BIT", "block_size", "decode", "encode"]
 
@@ -175,8 +180,38 @@ def _adamw_blocks(
     weights.mul_(decay).sub_(rate * average / (squares.sqrt() / correction + eps))
 
 
+def _scale_shard(shard: Shard, block: int) -> Shard:
+    """How the scales [rows, blocks of a row] of a divided parameter are divided."""
+    return replace(shard, shape=torch.Size((shard.shape[0], shard.shape[1:].numel() // block)))
+
+
+def _placed(key: str, shard: Shard) -> Shard | None:
+    block = block_size(shard.shape)
+    return _scale_shard(shard, block) if block is not None and key.endswith("_scale") else shard
+
+
+def _refuses(shard: Shard) -> str | None:
+    block = block_size(shard.shape)
+    cuts = {placement.dim for placement in shard.placements if not placement.is_replicate()} - {0}
+    if block is None or not cuts:
+        return None
+    reason = f"its rows of {shard.shape[1:].numel()} numbers are cut where no block of {block} ends"
+    if cuts != {1}:
+        return reason
+    for place in itertools.product(*(range(size) for size in shard.sizes)):
+        shape, boxes = shard.part(place)
+        width = math.prod(shape[1:])
+        # The local part must have the blocks that the whole has: in number, in size and in their places.
+        scales = _scale_shard(shard, block).part(place)[0]
+        if any(box.shape != shape for box in boxes) and len({box.offset[1] for box in boxes}) > 1:
+            return reason
+        if scales != (shape[0], width // block) or (width and block_size(torch.Size(shape)) != block):
+            return reason
+    return None
+
+
 def _folds(group: Group, device: torch.device) -> bool:
     return True
 
 
-ADAMW_8BIT = Algorithm(init=_init, update=_update, folds_factor=_folds)
+ADAMW_8BIT = Algorithm(init=_init, update=_update, folds_factor=_folds, placed=_placed, refuses=_refuses)

@@ -24,11 +24,11 @@ class Item:
     """One parameter in one update: plain tensors that hold this rank's part of it.
 
     Attributes:
-        weights: [rows, ...], updated in place; fp32 (or as the user made it).
+        weights: this rank's part, updated in place; fp32 (or as the user made it).
         gradient: like `weights`, same type; None where it has none on this rank (only algorithms with `whole` see that,
             and leave such weights alone).
         state: the tensors of the algorithm's `init`; empty where `gradient` is None and it never had one.
-        shard: where the rows belong; None where every rank holds the whole parameter.
+        shard: how the parameter is divided; None where every rank holds the whole parameter.
     """
 
     weights: Tensor
@@ -48,7 +48,7 @@ class Item:
 
 
 class Update(Protocol):
-    """Updates the weights and states of `items` in place. A rank may hold no rows of some."""
+    """Updates the weights and states of `items` in place. A rank may hold nothing of some."""
 
     def __call__(self, group: Group, items: list[Item], gradient_factor: Tensor | None) -> None: ...
 
@@ -57,8 +57,12 @@ def _never(group: Group, device: torch.device) -> bool:
     return False
 
 
-def _no_key(key: str, dimensions: int) -> bool:
-    return False
+def _as_the_parameter(key: str, shard: Shard) -> Shard | None:
+    return shard
+
+
+def _nothing_against(shard: Shard) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,16 @@ class Algorithm:
         update: see `Update`.
         folds_factor: (group, device) -> whether `update` itself multiplies gradients by `gradient_factor`
             (saving a pass over memory); otherwise it always gets None.
-        whole: `update` looks beyond this rank's rows, through collectives in the parameters' meshes. It is then given
-            all sharded parameters of the group, so that every rank makes the same calls whatever has a gradient.
-        replicated: (state key, dimensions of the parameter) -> whether that state is the same on all ranks although
-            the parameter is sharded. Scalars always are.
+        whole: `update` looks beyond this rank's part, through collectives in the parameters' meshes. It is then given
+            all divided parameters of the group, so that every rank makes the same calls whatever has a gradient.
+        placed: (state key, how the parameter is divided) -> how that state tensor is; None where it is whole and equal
+            on all ranks. Scalars always are.
+        refuses: how a parameter is divided -> why this algorithm cannot update it then; None where it can.
     """
 
     init: Callable[[Tensor, Group], ParameterState]
     update: Update
     folds_factor: Callable[[Group, torch.device], bool] = _never
     whole: bool = False
-    replicated: Callable[[str, int], bool] = _no_key
+    placed: Callable[[str, Shard], Shard | None] = _as_the_parameter
+    refuses: Callable[[Shard], str | None] = _nothing_against

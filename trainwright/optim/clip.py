@@ -4,9 +4,9 @@ The engine's gradients are sums over tokens, so every step scales them by 1 / to
 are one number, applied once. `clip_factor` gives the number to `optimizer.step(gradient_factor=...)`, which saves the
 pass altogether where the kernel folds it in.
 
-Gradients of sharded parameters are there in part: their squared norms add up over the ranks, those of replicated
-parameters are the same on each rank and count once. `squared_norms` keeps the two apart, so that a caller can send its
-part together with other numbers.
+Gradients of divided parameters are there in part: squared norms add up over the ranks, and what several ranks hold
+alike must count once. `squared_norm_sum` divides each parameter's by the number of ranks that hold the same, so that a
+sum over all ranks is right whatever the layout, and a caller can send its part together with other numbers.
 """
 
 from __future__ import annotations
@@ -16,27 +16,57 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from trainwright.optim.shard import Shard, local_part, shard_of
+from trainwright.optim.shard import Shard, local_gradient, local_part, parts_of, shard_of
 
-__all__ = ["clip_factor", "clip_gradients", "gradient_norm", "norm_from", "squared_norms"]
+__all__ = [
+    "clip_factor",
+    "clip_gradients",
+    "gradient_norm",
+    "norm_from",
+    "parts_of",
+    "squared_norm_sum",
+    "squared_norms",
+]
 
 ROUNDING_GUARD = 1e-6
 """torch.nn.utils.clip_grad_norm_ adds this to the norm; the same here, so that results compare."""
 
 
 @torch.no_grad()
-def squared_norms(parameters: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums of squares of this rank's gradients, of sharded and of replicated parameters: scalars on their device.
+def squared_norm_sum(parameters: Iterable[Tensor], holders: Callable[[Tensor], int]) -> Tensor:
+    """The sum over `parameters` of |this rank's gradient|^2 / holders(parameter): an fp64 scalar on their device.
 
     The norm of each gradient is fp32, their squares add up in fp64; one pass, no communication, no waiting. Parameters
     without a gradient are left out. NaN and infinity pass through.
+
+    Args:
+        holders: how many ranks, of those over which the result is summed, hold the same part of a parameter
+            (`ranks // parts_of(parameter)`, where the ranks are those that train the parameter).
     """
+    known = list(parameters)
+    parts: dict[int, list[Tensor]] = {}
+    for p in known:
+        grad = local_gradient(p)
+        if grad is not None:
+            parts.setdefault(holders(p), []).append(grad)
+    device = local_part(known[0]).device if known else torch.device("cpu")
+    total = _zero(device)
+    for count, grads in sorted(parts.items()):
+        total += _sum_of_squares(grads, device) / count
+    return total
+
+
+@torch.no_grad()
+def squared_norms(parameters: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums of squares of this rank's gradients, of sharded and of replicated parameters: scalars on their device."""
     known = list(parameters)
     parts: dict[bool, list[Tensor]] = {True: [], False: []}
     for p in known:
-        if p.grad is not None:
-            parts[shard_of(p) is not None].append(local_part(p.grad))
+        grad = local_gradient(p)
+        if grad is not None:
+            parts[shard_of(p) is not None].append(grad)
     device = local_part(known[0]).device if known else torch.device("cpu")
     return _sum_of_squares(parts[True], device), _sum_of_squares(parts[False], device)
 
@@ -47,21 +77,31 @@ def norm_from(sharded: Tensor, replicated: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor], reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Euclidean norm over all gradients together, an fp32 scalar on the first parameter's device; one pass.
 
-    Without any gradient it is 0.
-
-    Args:
-        reduce: sums this rank's share (a scalar) over the ranks that share the sharded parameters; None does it by an
-            all-reduce over their mesh, so then every rank of it must make this call. Not called for plain parameters.
+    Without any gradient it is 0. Where parameters are divided, every rank of their meshes must make this call: it sums
+    over the mesh dimensions that divide them. (Parameters on other ranks only, of other pipeline stages, are not seen.)
     """
     known = list(parameters)
-    sharded, replicated = squared_norms(known)
-    shard = next((found for p in known if (found := shard_of(p)) is not None), None)
-    if shard is not None:
-        sharded = _reduced(sharded, shard) if reduce is None else reduce(sharded)
-    return norm_from(sharded, replicated)
+    device = local_part(known[0]).device if known else torch.device("cpu")
+    divided: dict[tuple[DeviceMesh, tuple[int, ...]], tuple[Shard, list[Tensor]]] = {}
+    whole: list[Tensor] = []
+    for p in known:
+        shard, grad = shard_of(p), local_gradient(p)
+        grads = whole
+        if shard is not None and shard.parts > 1:
+            # Made for parameters without a gradient too: all ranks must make the same sums.
+            grads = divided.setdefault((shard.mesh, shard.mesh_dims), (shard, []))[1]
+        if grad is not None:
+            grads.append(grad)
+    total = _sum_of_squares(whole, device)
+    for shard, grads in divided.values():
+        squares = _sum_of_squares(grads, device)
+        for group in shard.groups:
+            dist.all_reduce(squares, group=group)
+        total += squares
+    return total.sqrt().float()
 
 
 def clip_factor(norm: Tensor, max_norm: float | None, *, scale: float | Tensor = 1.0) -> Tensor:
@@ -85,7 +125,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None, *, scal
     """
     known = list(parameters)
     norm = gradient_norm(known)
-    grads = [part for p in known if p.grad is not None and (part := local_part(p.grad)).numel()]
+    grads = [part for p in known if (part := local_gradient(p)) is not None and part.numel()]
     factor = clip_factor(norm, max_norm, scale=scale)
     # Reading a CPU scalar costs nothing; on a GPU it would wait for the whole backward pass.
     if grads and (factor.device.type != "cpu" or factor.item() != 1.0):
@@ -94,17 +134,14 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None, *, scal
     return norm * scale
 
 
-def _reduced(squares: Tensor, shard: Shard) -> Tensor:
-    squares = squares.clone()
-    dist.all_reduce(squares, group=shard.group)
-    return squares
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def _sum_of_squares(grads: Sequence[Tensor], device: torch.device) -> Tensor:
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.zeros((), dtype=wide, device=device)
+    total = _zero(device)
     for same in _alike([grad for grad in grads if grad.numel()]):
-        norms = torch.stack(torch._foreach_norm(same, 2, dtype=torch.float32)).to(device, wide)
+        norms = torch.stack(torch._foreach_norm(same, 2, dtype=torch.float32)).to(device, total.dtype)
         total += norms.square().sum()
     return total
 

@@ -20,7 +20,7 @@ class EMA:
 
     Args:
         named_parameters: the parameters to follow, by name; tied ones count once. Averages are fp32, on their device,
-            and of sharded parameters this rank's rows.
+            and of divided parameters this rank's part.
         decay: d; the average looks back about 1 / (1 - d) steps.
         bias_free: the initial weights get no share: step t uses d (1 - d^t) / (1 - d^(t+1)), so that after any number
             of steps each seen weight counts d^age, as Adam's bias correction does (1412.6980, section 3).

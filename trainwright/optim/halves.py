@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from trainwright.base.seeds import derive_seed
+from trainwright.comm.boxes import narrow
 from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
-from trainwright.optim.rounding import round_stochastically
+from trainwright.optim.rounding import round_box, round_stochastically
 
 __all__ = ["HALVES", "follow_weights", "initial_state", "open_weights", "write_back"]
 
@@ -84,5 +85,14 @@ def write_back(updated: list[tuple[str, Tensor, Item]], *, step: int, seed: int)
             item.state[COMPENSATION].copy_(item.weights.sub_(local))
         else:
             key = derive_seed(seed, "rounding", step, name)
-            first = 0 if item.shard is None else item.shard.first_element
-            round_stochastically(item.weights, local, key=key, first=first)
+            if item.shard is None:
+                round_stochastically(item.weights, local, key=key)
+                continue
+            for box in item.shard.part()[1]:  # a number's random bits are those of its place in the whole
+                round_box(
+                    narrow(item.weights, box.at, box.shape),
+                    narrow(local, box.at, box.shape),
+                    key=key,
+                    offset=box.offset,
+                    whole=item.shard.shape,
+                )

@@ -3,7 +3,8 @@
 Method: Keller Jordan, https://kellerjordan.github.io/posts/muon/ ; learning-rate matching: Moonlight, 2502.16982.
 Not built on torch.optim.Muon (2.13 has it, and tests compare to it): that one computes in bf16 only, which is slow or
 coarse on machines without bf16 units, and one matrix at a time; here equal shapes run as one batched product on GPUs.
-Sharded matrices are orthogonalised once, not on every rank: two all-to-alls bring each to one rank and its rows back.
+Divided matrices are orthogonalised once, not on every rank: an all-to-all for each dimension of the mesh brings each to
+one rank, and another one its parts back.
 
 Shape suffixes: B matrices of one shape, M rows, N columns.
 """
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from trainwright.base.device import device_facts
 from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
-from trainwright.optim.exchange import assign_owners, rows_from_owners, rows_to_owners
+from trainwright.optim.exchange import Exchange, alike
+from trainwright.optim.shard import Shard
 
 __all__ = ["MUON", "newton_schulz", "update_scale"]
 
@@ -64,15 +66,18 @@ def _update(group: Group, items: list[Item], gradient_factor: Tensor | None) -> 
     if group["weight_decay"] and moving:
         torch._foreach_mul_([item.weights for item in moving], 1 - group["lr"] * group["weight_decay"])
     dtype = _iteration_dtype(group["newton_schulz_dtype"], items[0].weights.device)
-    # A stack of matrices (experts) that is sharded by rows is sharded by matrices: each rank has its own ones whole.
-    apart = [item for item in items if item.shard is not None and len(item.shape) == 2]
-    here = [item for item in moving if item.shard is None or len(item.shape) != 2]
+    # A stack of matrices (experts) may be divided by matrices: then each rank has its own ones whole.
+    shards = [None if item.shard is None else item.shard.over(-2, -1) for item in items]
+    together = alike(shards)
+    apart = {i for indices in together for i in indices}
+    here = [item for i, item in enumerate(items) if i not in apart and item.gradient is not None]
     found = _orthogonal(group, [directions[id(item)] for item in here], dtype)
     for item, update in zip(here, found, strict=True):
         _apply(group, item, update)
-    for mesh in {item.shard.mesh: None for item in apart if item.shard is not None}:
-        members = [item for item in apart if item.shard is not None and item.shard.mesh == mesh]
-        for item, update in zip(members, _orthogonal_apart(group, members, directions, dtype), strict=True):
+    for indices in together:
+        members = [items[i] for i in indices]
+        divided = [shard for i in indices if (shard := shards[i]) is not None]
+        for item, update in zip(members, _orthogonal_apart(group, members, divided, directions, dtype), strict=True):
             if item.gradient is not None:
                 _apply(group, item, update)
 
@@ -104,18 +109,16 @@ def _orthogonal(group: Group, directions: list[Tensor], dtype: torch.dtype) -> l
 
 
 def _orthogonal_apart(
-    group: Group, items: list[Item], directions: dict[int, Tensor], dtype: torch.dtype
+    group: Group, items: list[Item], shards: list[Shard], directions: dict[int, Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    """This rank's rows of the orthogonalised matrices of one mesh: each is worked on by one rank, and by no other."""
-    shards = [item.shard for item in items if item.shard is not None]
-    costs = [item.shape.numel() * min(item.shape) for item in items]
-    owners = assign_owners(costs, shards[0].ranks)
+    """This rank's part of orthogonalised matrices over one mesh: each is worked on by one rank, and by no other."""
+    exchange = Exchange(shards, [shard.shape.numel() * min(shard.shape[-2:]) for shard in shards])
     # A parameter without a gradient travels too, as zeros: the calls may not depend on what has a gradient.
     parts = [directions[id(item)] if id(item) in directions else torch.zeros_like(item.weights) for item in items]
     # Sent in the type of the iteration: it would be the first thing to happen to them anyway.
-    wholes = rows_to_owners([part.to(dtype) for part in parts], shards, owners)
+    wholes = exchange.to_owners([part.to(dtype) for part in parts])
     found = _orthogonal(group, list(wholes.values()), dtype)
-    return rows_from_owners(dict(zip(wholes, found, strict=True)), shards, owners, dtype, parts[0].device)
+    return exchange.from_owners(dict(zip(wholes, found, strict=True)), dtype, parts[0].device)
 
 
 def _batches(matrices: list[Tensor]) -> list[list[int]]:

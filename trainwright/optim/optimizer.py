@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainwright.base.errors import CheckpointError
+from trainwright.base.errors import CheckpointError, ConfigError
 from trainwright.base.protocols import StateDict
 from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
 from trainwright.optim.halves import HALVES, follow_weights, initial_state, open_weights, write_back
-from trainwright.optim.shard import local_part, shard_of
+from trainwright.optim.shard import local_gradient, local_part, shard_of
 from trainwright.optim.state import loadable, present, refuse_other_names
 
 __all__ = ["GroupedOptimizer"]
@@ -31,8 +31,8 @@ on CPUs few enough to stay in the cache."""
 class GroupedOptimizer(torch.optim.Optimizer):
     """Runs each parameter group with the algorithm its `algorithm` key names.
 
-    Parameters are plain tensors or DTensors sharded by rows (`shard.Shard`); updates run on this rank's part. State is
-    keyed by parameter name, so it loads whatever the order of parameters or groups.
+    Parameters are plain tensors or DTensors divided in any way (`shard.Shard`); updates run on this rank's part. State
+    is keyed by parameter name, so it loads whatever the order of parameters or groups.
     Made by `build_optimizer`; each group's `params` must be (name, tensor) pairs.
 
     Attributes:
@@ -47,8 +47,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
             group.setdefault("initial_lr", group["lr"])
             group.setdefault("half_update", "master")
             group.setdefault("rounding_seed", 0)
-            for parameter in group["params"]:
-                shard_of(parameter)  # refuses placements that no algorithm here knows
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                self._refuse_placement(name, parameter, group)
+
+    def _refuse_placement(self, name: str, parameter: Tensor, group: Group) -> None:
+        """ConfigError for a parameter that is divided in a way which its algorithm cannot update."""
+        shard = shard_of(parameter)
+        reason = None if shard is None else self.algorithms[group["algorithm"]].refuses(shard)
+        if reason is not None:
+            raise ConfigError(
+                f"optimizer {group['algorithm']} cannot update {name}: {reason}",
+                hint="use adamw, or a layout that divides this parameter in another way",
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, gradient_factor: float | Tensor | None = None) -> Any:
@@ -98,7 +108,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         ]
         if not trained:
             return
-        grads = [None if p.grad is None else local_part(p.grad) for _, p in trained]
+        grads = [local_gradient(p) for _, p in trained]
         factor = None
         if gradient_factor is not None:
             device = local_part(trained[0][1]).device
@@ -162,7 +172,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         parameters: StateDict = {}
         for group, name, parameter in self._named():
             algorithm = self.algorithms[group["algorithm"]]
-            parameters[name] = present(self.state[parameter], shard_of(parameter), parameter.ndim, algorithm)
+            parameters[name] = present(self.state[parameter], shard_of(parameter), algorithm)
         groups = [
             {"algorithm": group["algorithm"], "lr": float(group["lr"]), "names": list(group["param_names"])}
             for group in self.param_groups
@@ -193,7 +203,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                     torch.empty_like(local_part(parameter), device="meta"), group, self.algorithms[group["algorithm"]]
                 )
                 algorithm = self.algorithms[group["algorithm"]]
-                loaded[name] = loadable(name, saved, expected, shard_of(parameter), parameter.ndim, algorithm)
+                loaded[name] = loadable(name, saved, expected, shard_of(parameter), algorithm)
         for group, name, parameter in self._named():
             if name not in loaded:  # never updated, by a version that then saved nothing
                 self.state.pop(parameter, None)
@@ -224,7 +234,7 @@ def _batches(parameters: list[Tensor], algorithm: Algorithm) -> Iterator[tuple[i
     start = elements = 0
     for i, parameter in enumerate(parameters):
         shard = shard_of(parameter)
-        size = parameter.numel() // (1 if shard is None else shard.ranks)
+        size = parameter.numel() // (1 if shard is None else shard.parts)
         if i > start and elements + size > most:
             yield start, i
             start, elements = i, 0

@@ -7,13 +7,14 @@ norm, leaving a step out after looking at it, and loss scaling that skips overfl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainwright.base.errors import ConfigError
-from trainwright.optim.clip import norm_from, squared_norms
+from trainwright.optim.clip import norm_from, squared_norm_sum, squared_norms
 from trainwright.optim.optimizer import GroupedOptimizer
 from trainwright.optim.shard import local_part, shard_of
 
@@ -38,8 +39,11 @@ class StepInBackward:
     Args:
         optimizer: every algorithm must look at one parameter at a time.
         clip_norm: what the run clips gradients to; anything but None is refused.
+        holders: see `clip.squared_norm_sum`; None counts every parameter once.
 
     Attributes:
+        squared_norm: `clip.squared_norm_sum` of the last step's gradients before `gradient_factor`: an fp64 scalar;
+            complete after `finish`.
         squared_norms: sums of squares of the last step's gradients of (sharded, replicated) parameters, as
             `clip.squared_norms` gives them, before `gradient_factor`; complete after `finish`.
 
@@ -47,7 +51,13 @@ class StepInBackward:
         ConfigError: clipping, or an algorithm that needs whole matrices of sharded parameters.
     """
 
-    def __init__(self, optimizer: GroupedOptimizer, *, clip_norm: float | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: GroupedOptimizer,
+        *,
+        clip_norm: float | None = None,
+        holders: Callable[[Tensor], int] | None = None,
+    ) -> None:
         if clip_norm is not None:
             raise ConfigError(
                 f"gradients cannot be clipped to {clip_norm:g} when they are released in the backward pass: the norm "
@@ -64,6 +74,8 @@ class StepInBackward:
                 )
         self.optimizer = optimizer
         self.squared_norms = squared_norms([])
+        self.squared_norm = squared_norm_sum([], _one)
+        self.holders = holders or _one
         self._factor: float | Tensor | None = None
         self._armed = False
         self._handles: list[RemovableHandle] = []
@@ -83,6 +95,7 @@ class StepInBackward:
         self._factor = gradient_factor
         first = local_part(self.optimizer.param_groups[0]["params"][0]).detach()
         self.squared_norms = squared_norms([first])  # zeros on the right device: no parameter, no gradient
+        self.squared_norm = squared_norm_sum([first], _one)
         self._armed = True
 
     def finish(self) -> None:
@@ -115,5 +128,10 @@ class StepInBackward:
         sharded, replicated = squared_norms([parameter])
         self.squared_norms[0].add_(sharded.to(self.squared_norms[0].device))
         self.squared_norms[1].add_(replicated.to(self.squared_norms[1].device))
+        self.squared_norm.add_(squared_norm_sum([parameter], self.holders).to(self.squared_norm.device))
         self.optimizer.step_part([parameter], self._factor)
         parameter.grad = None
+
+
+def _one(parameter: Tensor) -> int:
+    return 1

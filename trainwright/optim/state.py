@@ -13,23 +13,19 @@ from trainwright.optim.shard import Shard
 __all__ = ["loadable", "present", "refuse_other_names"]
 
 
-def present(state: ParameterState, shard: Shard | None, dimensions: int, algorithm: Algorithm) -> dict[str, Tensor]:
-    """The state of one parameter (of so many `dimensions`) with this rank's rows as DTensors; the same memory."""
+def present(state: ParameterState, shard: Shard | None, algorithm: Algorithm) -> dict[str, Tensor]:
+    """The state of one parameter with this rank's parts as DTensors; the same memory."""
     if shard is None:
         return dict(state)
-    return {
-        key: shard.wrap(tensor) if _is_sharded(key, tensor, dimensions, algorithm) else tensor
-        for key, tensor in state.items()
-    }
+    presented: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        placed = _placed(key, tensor, shard, algorithm)
+        presented[key] = tensor if placed is None else placed.wrap(tensor)
+    return presented
 
 
 def loadable(
-    name: str,
-    saved: dict[str, Any],
-    expected: ParameterState,
-    shard: Shard | None,
-    dimensions: int,
-    algorithm: Algorithm,
+    name: str, saved: dict[str, Any], expected: ParameterState, shard: Shard | None, algorithm: Algorithm
 ) -> ParameterState:
     """The local tensors of a presented (or plain and whole) state.
 
@@ -43,8 +39,8 @@ def loadable(
     found: ParameterState = {}
     for key, like in expected.items():
         value: Tensor = saved[key]
-        split = shard if shard is not None and _is_sharded(key, like, dimensions, algorithm) else None
-        whole = list(like.shape) if split is None else [split.shape[0], *like.shape[1:]]
+        placed = None if shard is None else _placed(key, like, shard, algorithm)
+        whole = list(like.shape if placed is None else placed.shape)
         if list(value.shape) != whole:
             raise CheckpointError(
                 f"optimizer state {key} of {name} has shape {list(value.shape)}, expected {whole}",
@@ -55,7 +51,7 @@ def loadable(
                 f"optimizer state {key} of {name} is {value.dtype}, expected {like.dtype}",
                 hint="resume with the precision and optimizer options that the checkpoint was made with",
             )
-        found[key] = value if split is None else split.unwrap(value, f"optimizer state {key} of {name}")
+        found[key] = value if placed is None else placed.unwrap(value, f"optimizer state {key} of {name}")
     return found
 
 
@@ -74,5 +70,5 @@ def refuse_other_names(saved: set[str], mine: set[str]) -> None:
     )
 
 
-def _is_sharded(key: str, tensor: Tensor, dimensions: int, algorithm: Algorithm) -> bool:
-    return tensor.ndim > 0 and not algorithm.replicated(key, dimensions)
+def _placed(key: str, tensor: Tensor, shard: Shard, algorithm: Algorithm) -> Shard | None:
+    return algorithm.placed(key, shard) if tensor.ndim > 0 else None

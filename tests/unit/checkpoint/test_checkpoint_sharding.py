@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint.plan import plan_writes
-from trainwright.checkpoint.sharding import local_boxes, narrow
+from trainwright.comm.boxes import local_boxes, narrow
 
 
 def coordinates(mesh: tuple[int, ...]) -> Any:
