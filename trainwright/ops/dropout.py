@@ -80,7 +80,8 @@ def keep_mask(keys: Tensor, index: Tensor, p: float) -> Tensor:
     """
     low = keys.to(torch.int32)[..., None]
     high = (keys >> 32).to(torch.int32)[..., None]
-    counter = index.to(torch.int32) * _signed(_GOLDEN >> 32 | 1, 32)
+    # The index is not multiplied: the compiler would fold that into its loop counters, which overflow undefined.
+    counter = index.to(torch.int32)
     threshold = round(p * 2**32) - 2**31
     elements = keys.numel() * index.shape[-1]
     if keys.device.type != "cpu" or elements <= _CHUNK or index.dim() > 1 or torch.compiler.is_compiling():
@@ -94,8 +95,11 @@ def keep_mask(keys: Tensor, index: Tensor, p: float) -> Tensor:
 
 
 def _hash32(x: Tensor, key: Tensor) -> Tensor:
-    """The int32 hash of x under another 32 bits of key, in place. The last fold of `triple32` is left out: it only
-    stirs low bits, and what is compared with a threshold is the whole number."""
+    """The int32 hash of x under another 32 bits of key, in place.
+
+    The last fold of `triple32` only stirs low bits, and what is compared with a threshold is the whole number. In its
+    place stands the key: C++ may compare a product with zero as if it could not overflow, but not this.
+    """
     x ^= _shift(x, 17, 32)
     x *= _signed(0xED5AD4BB, 32)
     x ^= _shift(x, 11, 32)
@@ -103,6 +107,7 @@ def _hash32(x: Tensor, key: Tensor) -> Tensor:
     x *= _signed(0xAC4C1B51, 32)
     x ^= _shift(x, 15, 32)
     x *= _signed(0x31848BAB, 32)
+    x ^= key
     return x
 
 
