@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from trainwright.models.cache import KVCache
 from trainwright.models.checks import check_vocabulary
-from trainwright.models.counting import count_flops, count_matmul_parameters, count_parameters
+from trainwright.models.counting import (
+    count_active_parameters,
+    count_flops,
+    count_matmul_parameters,
+    count_parameters,
+)
 from trainwright.models.decoder import Decoder
 from trainwright.models.exporting import save_pretrained
 from trainwright.models.gpt2 import GPT2Config
@@ -12,6 +17,7 @@ from trainwright.models.hub import load_hub
 from trainwright.models.importing import load_config, load_pretrained
 from trainwright.models.initialise import initial_value, initialise, materialize
 from trainwright.models.llama import LlamaConfig
+from trainwright.models.moe import MoEConfig
 from trainwright.models.registry import (
     ModelConfig,
     build_model,
@@ -22,23 +28,27 @@ from trainwright.models.registry import (
     replace,
 )
 from trainwright.models.structure import ModelPlan, SplitLinear
+from trainwright.models.weights import kept_tensors
 
 __all__ = [
     "Decoder",
     "GPT2Config",
     "KVCache",
     "LlamaConfig",
+    "MoEConfig",
     "ModelConfig",
     "ModelPlan",
     "SplitLinear",
     "build_model",
     "check_vocabulary",
     "config_from_dict",
+    "count_active_parameters",
     "count_flops",
     "count_matmul_parameters",
     "count_parameters",
     "initial_value",
     "initialise",
+    "kept_tensors",
     "load_config",
     "load_hub",
     "load_pretrained",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from trainwright.models.moe.config import MoEConfig
 from trainwright.models.registry import ModelConfig, build_model
 
-__all__ = ["count_flops", "count_matmul_parameters", "count_parameters", "visible_keys"]
+__all__ = ["count_active_parameters", "count_flops", "count_matmul_parameters", "count_parameters", "visible_keys"]
 
 
 @lru_cache(maxsize=64)
@@ -27,11 +28,25 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(_size(shape) for shape in _shapes(config).values())
 
 
+def count_active_parameters(config: ModelConfig) -> int:
+    """Trained parameters that take part in computing one token: of a layer's experts, those that the token goes to."""
+    return sum(_active_size(config, shape) for shape in _shapes(config).values())
+
+
+def _active_size(config: ModelConfig, shape: tuple[int, ...]) -> int:
+    if isinstance(config, MoEConfig) and len(shape) == 3:  # [experts, ...]
+        return config.experts_per_token * _size(shape[1:])
+    return _size(shape)
+
+
 def count_matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that every token is multiplied by: all matrices but the embeddings, and the head (tied or not)."""
+    """Parameters that a token is multiplied by: all matrices but the embeddings, of experts those that the token goes
+    to, and the head (tied or not)."""
     skipped = ("embed_tokens.weight", "wte.weight", "wpe.weight", "lm_head.weight")
     matrices = sum(
-        _size(shape) for name, shape in _shapes(config).items() if len(shape) == 2 and not name.endswith(skipped)
+        _active_size(config, shape)
+        for name, shape in _shapes(config).items()
+        if len(shape) >= 2 and not name.endswith(skipped)
     )
     return matrices + config.vocab_size * config.hidden_size
 

@@ -24,6 +24,7 @@ from trainwright.base.faults import fault_point
 from trainwright.base.safetensors_file import DTYPE_CODES, INDEX_NAME, StoredTensor, write_folder
 from trainwright.models.decoder import Decoder
 from trainwright.models.registry import ModelConfig, family_of
+from trainwright.models.weights import kept_tensors
 
 __all__ = ["WeightSource", "save_pretrained", "save_weights"]
 
@@ -65,7 +66,7 @@ def save_pretrained(
         ModelError: `tensors` lacks a parameter or has one of another shape.
         OSError: the folder cannot be written.
     """
-    values = dict(model.named_parameters()) if tensors is None else _checked(model, tensors)
+    values = kept_tensors(model) if tensors is None else _checked(model, tensors)
     source = WeightSource(
         {name: tuple(value.shape) for name, value in values.items()},
         {name: value.dtype for name, value in values.items()},
@@ -93,6 +94,7 @@ def save_weights(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stored = _stored(config, source, dtype)
+    places = _places(config, source)
     written: list[str] = []
 
     def place(name: str) -> Path:
@@ -102,7 +104,7 @@ def save_weights(
 
     try:
         finals = write_folder(
-            stored, lambda tensor: _bytes_of(config, source, tensor), place=place, max_bytes=max_shard_bytes
+            stored, lambda tensor: _bytes_of(config, source, places, tensor), place=place, max_bytes=max_shard_bytes
         )
         main = next(iter(source.dtypes.values()))
         _write_json(place("generation_config.json"), _generation(config, generation))
@@ -131,7 +133,11 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 def _checked(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {}
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, parameter in kept_tensors(model).items():
+        if name not in parameters and name not in tensors:  # an average of the weights has none of the buffers
+            values[name] = parameter
+            continue
         if name not in tensors or tensors[name].shape != parameter.shape:
             seen = list(tensors[name].shape) if name in tensors else "nothing"
             raise ModelError(f"cannot save {name}: got {seen}, expected shape {list(parameter.shape)}")
@@ -143,8 +149,13 @@ def _stored(config: ModelConfig, source: WeightSource, dtype: torch.dtype | None
     """What the files hold: the parameters in their layout, and the zeros that the family's files need beside them."""
     weights = family_of(config).weights
     tensors = [
-        StoredTensor(name, _code(name, _dtype_in_file(source.dtypes[name], dtype)), weights.file_shape(name, shape))
+        StoredTensor(
+            part.name,
+            _code(part.name, _dtype_in_file(source.dtypes[name], None if name.endswith(weights.fp32) else dtype)),
+            part_shape,
+        )
         for name, shape in source.shapes.items()
+        for part, part_shape in weights.file_shapes(config, name, shape).items()
     ]
     main = next(iter(source.dtypes.values()))
     zeros = weights.zeros(config)
@@ -162,24 +173,40 @@ def _code(name: str, dtype: torch.dtype) -> str:
     return text
 
 
-def _bytes_of(config: ModelConfig, source: WeightSource, stored: StoredTensor) -> Iterator[memoryview]:
+def _places(config: ModelConfig, source: WeightSource) -> dict[str, tuple[str, int | None]]:
+    """Which parameter, and which row of it, each tensor of the files is."""
+    weights = family_of(config).weights
+    return {
+        part.name: (name, part.row)
+        for name, shape in source.shapes.items()
+        for part in weights.parts(config, name, shape)
+    }
+
+
+def _bytes_of(
+    config: ModelConfig, source: WeightSource, places: Mapping[str, tuple[str, int | None]], stored: StoredTensor
+) -> Iterator[memoryview]:
     """The bytes of a tensor as they stand in the file, piece by piece."""
     dtype = getattr(torch, stored.dtype)
-    if stored.name not in source.shapes:
+    if stored.name not in places:
         yield _view(torch.zeros(stored.shape, dtype=dtype))
         return
-    shape = source.shapes[stored.name]
-    rows = shape[0]
+    name, row = places[stored.name]
+    shape = source.shapes[name]
     if not math.prod(shape):
         return
     convert = family_of(config).weights.to_file
-    probe = torch.empty(shape, dtype=source.dtypes[stored.name], device="meta")
+    if row is not None:
+        yield _view(convert(config, stored.name, source.read(name, row, 1)[0]).to("cpu", dtype))
+        return
+    rows = shape[0]
+    probe = torch.empty(shape, dtype=source.dtypes[name], device="meta")
     if convert(config, stored.name, probe) is probe:  # the file has it as it is: rows can go one after the other
         step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * probe.element_size()))
         for first in range(0, rows, step):
-            yield _view(source.read(stored.name, first, min(step, rows - first)).to("cpu", dtype))
+            yield _view(source.read(name, first, min(step, rows - first)).to("cpu", dtype))
         return
-    yield _view(convert(config, stored.name, source.read(stored.name, 0, rows)).to("cpu", dtype))
+    yield _view(convert(config, stored.name, source.read(name, 0, rows)).to("cpu", dtype))
 
 
 def _view(tensor: Tensor) -> memoryview:

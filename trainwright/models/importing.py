@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from trainwright.base.errors import ModelError
 from trainwright.models.decoder import Decoder
 from trainwright.models.registry import ModelConfig, build_model, config_from_dict, family_of
+from trainwright.models.weights import kept_tensors
 
 __all__ = ["load_config", "load_pretrained", "read_json"]
 
@@ -68,8 +69,10 @@ def load_pretrained(
     model.tie_weights()
     weights = family_of(config).weights
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.from_file(config, name, tensors.read(sources[name])))
+        for name, value in kept_tensors(model).items():
+            for part in weights.parts(config, name, value.shape):
+                place = value if part.row is None else value[part.row]
+                place.copy_(weights.from_file(config, part.name, tensors.read(sources[part.name])))
     return model.eval()
 
 
@@ -135,9 +138,14 @@ class _TensorFiles:
 
 
 def _match(model: Decoder, config: ModelConfig, tensors: _TensorFiles) -> dict[str, str]:
-    """Which file tensor each parameter comes from; ModelError names all that do not fit, before memory is taken."""
+    """Where in the files each tensor that the model needs is; ModelError names all that do not fit, before memory is
+    taken."""
     weights = family_of(config).weights
-    expected = {name: weights.file_shape(name, value.shape) for name, value in model.named_parameters()}
+    expected = {
+        part.name: shape
+        for name, value in kept_tensors(model).items()
+        for part, shape in weights.file_shapes(config, name, value.shape).items()
+    }
     seen: dict[str, str] = {}
     for key in tensors.shapes:
         if key.endswith(weights.ignored):

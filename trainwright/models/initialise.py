@@ -16,10 +16,18 @@ from torch import Tensor
 
 from trainwright.base.seeds import derive_seed
 from trainwright.models.decoder import Decoder
+from trainwright.models.weights import kept_tensors
 
 __all__ = ["initial_value", "initialise", "materialize"]
 
-_RESIDUAL_WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attn.c_proj.weight", "mlp.c_proj.weight")
+_RESIDUAL_WRITERS = (
+    "self_attn.o_proj.weight",
+    "mlp.down_proj.weight",
+    "mlp.experts.down_proj",
+    "mlp.shared_expert.down_proj.weight",
+    "attn.c_proj.weight",
+    "mlp.c_proj.weight",
+)
 
 
 def initial_value(name: str, shape: Sequence[int], config: Any, seed: int) -> Tensor:
@@ -40,8 +48,9 @@ def initial_value(name: str, shape: Sequence[int], config: Any, seed: int) -> Te
 
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
-    """Fill every parameter of a model that has storage, in place. Tied parameters count once, by their first name."""
-    for name, parameter in model.named_parameters():
+    """Fill every parameter and kept buffer of a model that has storage, in place. Tied parameters count once, by their
+    first name."""
+    for name, parameter in kept_tensors(model).items():
         parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
 
 

@@ -23,6 +23,11 @@ from trainwright.models.llama.model import LlamaForCausalLM
 from trainwright.models.llama.plan import plan as llama_plan
 from trainwright.models.llama.presets import LLAMA_PRESETS
 from trainwright.models.llama.weights import LLAMA_WEIGHTS
+from trainwright.models.moe.config import MOE_ARCHITECTURES, MoEConfig
+from trainwright.models.moe.model import MoEForCausalLM
+from trainwright.models.moe.plan import plan as moe_plan
+from trainwright.models.moe.presets import MOE_PRESETS
+from trainwright.models.moe.weights import MOE_WEIGHTS
 from trainwright.models.structure import ModelPlan
 from trainwright.models.weights import WeightFormat
 
@@ -39,7 +44,7 @@ __all__ = [
     "replace",
 ]
 
-ModelConfig = LlamaConfig | GPT2Config
+ModelConfig = LlamaConfig | GPT2Config | MoEConfig
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", ARCHITECTURES, LlamaConfig, LlamaForCausalLM, LLAMA_PRESETS, llama_plan, LLAMA_WEIGHTS),
     "gpt2": Family("gpt2", ("gpt2",), GPT2Config, GPT2LMHeadModel, GPT2_PRESETS, gpt2_plan, GPT2_WEIGHTS),
+    "moe": Family("moe", MOE_ARCHITECTURES, MoEConfig, MoEForCausalLM, MOE_PRESETS, moe_plan, MOE_WEIGHTS),
 }
 
 

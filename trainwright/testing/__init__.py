@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainwright.testing.golden import compare_to_golden
 from trainwright.testing.layers import broken_layers
-from trainwright.testing.models import tiny_gpt2_config, tiny_llama_config
+from trainwright.testing.models import tiny_gpt2_config, tiny_llama_config, tiny_moe_config
 from trainwright.testing.ranks import RankError, run_ranks
 from trainwright.testing.snippets import check_snippet, read_snippets
 
@@ -17,4 +17,5 @@ __all__ = [
     "run_ranks",
     "tiny_gpt2_config",
     "tiny_llama_config",
+    "tiny_moe_config",
 ]

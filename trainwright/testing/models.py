@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["tiny_gpt2_config", "tiny_llama_config"]
+__all__ = ["tiny_gpt2_config", "tiny_llama_config", "tiny_moe_config"]
 
 
 def tiny_llama_config(**changes: Any) -> dict[str, Any]:
@@ -31,5 +31,17 @@ def tiny_gpt2_config(**changes: Any) -> dict[str, Any]:
         "num_layers": 2,
         "num_heads": 4,
         "max_position_embeddings": 128,
+        **changes,
+    }
+
+
+def tiny_moe_config(**changes: Any) -> dict[str, Any]:
+    """Arguments of `models.MoEConfig`: 4 experts of which a token goes to 2; `changes` replace or add any of them."""
+    return {
+        **tiny_llama_config(),
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "expert_size": 64,
+        "auxiliary_weight": 0.01,
         **changes,
     }

@@ -20,7 +20,7 @@ from trainwright.models.hf_fields import (
 from trainwright.models.llama.config import LlamaConfig
 from trainwright.ops.rotary import RotaryScaling
 
-__all__ = ["HF_CLASSES", "from_hf", "to_hf"]
+__all__ = ["HF_CLASSES", "from_hf", "read_rope", "to_hf", "write_rope"]
 
 HF_CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -155,7 +155,7 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": token_ids_to_hf(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
-        **_write_rope(config),
+        **write_rope(config),
     }
     if architecture in ("llama", "qwen3"):
         values["attention_bias"] = config.qkv_bias
@@ -172,7 +172,8 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
     return values
 
 
-def _write_rope(config: LlamaConfig) -> dict[str, Any]:
+def write_rope(config: LlamaConfig) -> dict[str, Any]:
+    """Base frequency and scaling in both spellings."""
     if config.rope_scaling is None:
         return {
             "rope_theta": config.rope_theta,
