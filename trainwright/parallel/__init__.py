@@ -1,7 +1,7 @@
 """Ways to divide a model over processes, each an `apply_*` over a pure module."""
 
-from trainwright.parallel.blocks import find_blocks
+from trainwright.parallel.blocks import blocks_of, find_blocks
 from trainwright.parallel.data_parallel import DataParallel
 from trainwright.parallel.zero import ZeroOptions, apply_zero
 
-__all__ = ["DataParallel", "ZeroOptions", "apply_zero", "find_blocks"]
+__all__ = ["DataParallel", "ZeroOptions", "apply_zero", "blocks_of", "find_blocks"]

@@ -6,7 +6,21 @@ from collections.abc import Iterator
 
 from torch import nn
 
-__all__ = ["find_blocks"]
+from trainwright.models import Decoder
+
+__all__ = ["blocks_of", "find_blocks"]
+
+
+def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, block) of every block that this process holds of `model`: by its plan where it is one of our families.
+
+    A part of a pipeline holds some of the blocks, perhaps a single one, which no structure would show.
+    """
+    if not isinstance(model, Decoder):
+        return find_blocks(model)
+    stack = model.blocks
+    path = next(name for name, module in model.named_modules() if module is stack)
+    return [(f"{path}.{name}", block) for name, block in stack.named_children()]
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -24,7 +24,7 @@ from trainwright.base.errors import ConfigError
 from trainwright.comm.collectives import WireGroup
 from trainwright.comm.mesh import Axis, Mesh
 from trainwright.comm.traffic import Traffic
-from trainwright.parallel.blocks import find_blocks
+from trainwright.parallel.blocks import blocks_of
 from trainwright.parallel.buckets import Buckets
 from trainwright.parallel.data_parallel import DataParallel, Replicated
 from trainwright.parallel.sharded import Sharded, ShardedModule, run_as_forward
@@ -117,7 +117,7 @@ class _Wrap:
     def all(self, experts: Sequence[nn.Module]) -> list[ShardedModule]:
         """Wrap everything; returns the wrapped modules, blocks first, in order of definition."""
         model, policy, frees = self.model, _policy(self.options.compute), self.frees
-        blocks = [block for _, block in find_blocks(model)]
+        blocks = [block for _, block in blocks_of(model)]
         kept = _modules_kept(model, self.options)
         for module in kept:
             self.shard(module, _policy(None), frees)
