@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainwright.optim.rounding import random_words, round_stochastically
+from trainwright.comm.boxes import narrow
+from trainwright.optim.rounding import random_words, round_box, round_stochastically
 
 MASK = (1 << 64) - 1
 
@@ -102,3 +103,30 @@ def test_other_keys_give_other_bits_and_strides_do_not_matter() -> None:
 def test_other_types_are_refused() -> None:
     with pytest.raises(ValueError, match="from fp32 to bf16"):
         round_stochastically(torch.zeros(3), torch.zeros(3, dtype=torch.float16), key=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offset", "box"),
+    [
+        ((8, 12), (2, 0), (3, 12)),  # whole rows
+        ((8, 12), (2, 4), (3, 8)),  # runs of whole words
+        ((8, 12), (2, 3), (3, 7)),
+        ((7, 13), (0, 6), (7, 7)),
+        ((3, 8, 20), (1, 4, 0), (2, 4, 20)),
+        ((3, 8, 20), (1, 4, 8), (2, 4, 12)),
+        ((3, 5, 7), (0, 1, 2), (3, 3, 4)),
+        ((9,), (4,), (5,)),
+        ((4, 1, 6), (1, 0, 0), (2, 1, 6)),
+        ((600, 700), (0, 350), (600, 350)),  # several pieces
+    ],
+)
+def test_a_box_rounds_as_the_whole_does(shape: tuple[int, ...], offset: tuple[int, ...], box: tuple[int, ...]) -> None:
+    values = torch.randn(shape)
+    whole = torch.empty(shape, dtype=torch.bfloat16)
+    round_stochastically(values, whole, key=77)
+    target = torch.empty(box, dtype=torch.bfloat16)
+    round_box(narrow(values, offset, box), target, key=77, offset=offset, whole=shape)
+    assert torch.equal(target, narrow(whole, offset, box))
+    strided = torch.empty((2, *box), dtype=torch.bfloat16)[1:].transpose(0, 1)[:, 0]
+    round_box(narrow(values, offset, box), strided, key=77, offset=offset, whole=shape)
+    assert torch.equal(strided, target)
