@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trainwright.models.attention import SelfAttention
 from trainwright.models.cache import KVCache
@@ -99,6 +98,25 @@ class Decoder(nn.Module, ABC):
             hidden, self.head_weight, labels, label_smoothing=label_smoothing, z_loss=z_loss, compiled=compiled
         )
 
+    def auxiliary_loss(self, labels: Tensor) -> Tensor | None:
+        """What the latest forward pass in training adds to the loss sum over the trained tokens of labels [B, T].
+
+        Of the blocks that are here; given once for each forward pass. None where a family adds nothing.
+        """
+        return None
+
+    def take_loads(self) -> Tensor | None:
+        """What this process's tokens asked of the model's experts since the last call; integers on the device, to be
+        added up over all processes with other tokens and given to `update_balance`. None where no experts are."""
+        return None
+
+    def update_balance(self, loads: Tensor) -> None:
+        """End an optimizer step with the loads of all processes."""
+
+    def load_statistics(self) -> dict[str, float]:
+        """The latest step's loads as numbers for a log, given up when read; waits for the device."""
+        return {}
+
     @property
     def head_weight(self) -> Tensor:
         """The output projection [V, D], so that a loss can be computed without holding all logits."""
@@ -122,7 +140,8 @@ class Decoder(nn.Module, ABC):
         hidden = self.hidden_states(
             input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache, key_mask=key_mask
         )
-        return F.linear(hidden, self.head_weight)
+        logits: Tensor = self.lm_head(hidden)
+        return logits
 
     @property
     def dropout_place(self) -> DropoutPlace:
@@ -153,6 +172,12 @@ class Decoder(nn.Module, ABC):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
 
+    @property
+    def cache_heads(self) -> int:
+        """Key/value heads of a layer's cache."""
+        heads: int = self.config.num_kv_heads
+        return heads
+
     def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> KVCache:
         """An empty key/value cache for `batch` rows of up to `capacity` tokens, on the model's device.
 
@@ -166,7 +191,7 @@ class Decoder(nn.Module, ABC):
             self.config.layer_windows(),
             batch=batch,
             capacity=capacity,
-            num_kv_heads=self.config.num_kv_heads,
+            num_kv_heads=self.cache_heads,
             head_dim=self.config.head_dim,
             dtype=dtype,
             device=device,

@@ -14,14 +14,16 @@ class SplitLinear:
 
     name: module name relative to the block.
     kind: `column` divides the output features, `row` divides the input features and sums the outputs.
-    units: what may not be cut: the number of devices must divide it (heads, key/value heads, or MLP width).
-    parts: matrices stacked in the output features, each divided on its own (3 for GPT-2's fused q, k, v).
+    units: what may not be cut: the number of devices must divide it (heads, key/value heads, or MLP width). Units are
+        neighbours in the divided features.
+    serves: another linear, each of whose units uses one of this one's (query heads share key/value heads). Where the
+        devices do not divide `units`, it is held whole, and each device computes what its part of that other one needs.
     """
 
     name: str
     kind: Literal["column", "row"]
     units: int
-    parts: int = 1
+    serves: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ Kernel, arXiv 2410.10989). The backward pass only scales what is already there.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,15 @@ from torch.nn import functional as F
 
 from trainwright.base.errors import ModelError
 
-__all__ = ["LossSums", "auto_chunk_tokens", "linear_cross_entropy", "linear_cross_entropy_reference"]
+__all__ = [
+    "LossSums",
+    "auto_chunk_tokens",
+    "capped",
+    "compute_type",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "loss_with_gradients",
+]
 
 # Bytes of one chunk of logits that "auto" aims at. Large enough that each product with the head is a full-size matrix
 # product and that the fp32 weight gradient is touched rarely; small against the activations of a model with such a
@@ -71,18 +80,19 @@ def linear_cross_entropy(
             f"labels {tuple(labels.shape)}",
             hint="hidden is [tokens, width], weight [vocabulary, width], labels [tokens]",
         )
-    device_type = hidden.device.type
-    compute = hidden.dtype
-    if torch.is_autocast_enabled(device_type) and compute != torch.float64:
-        compute = torch.get_autocast_dtype(device_type)
+    compute = compute_type(hidden)
     if chunk_tokens is None:
-        chunk_tokens = auto_chunk_tokens(hidden.shape[0], weight.shape[0], compute, device_type)
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        chunk_tokens = auto_chunk_tokens(hidden.shape[0], weight.shape[0], compute, hidden.device.type)
     options = _Options(ignore_index, label_smoothing, z_loss, chunk_tokens, softcap, compute, compiled)
-    if not needs_grad:
-        sums, _, _ = _forward(hidden, weight, labels, options, grad_hidden=False, grad_weight=False)
-        return sums
-    return LossSums(*_LinearCrossEntropy.apply(hidden, weight, labels, options))
+    return loss_with_gradients(partial(_forward, labels=labels, options=options), hidden, weight)
+
+
+def compute_type(hidden: Tensor) -> torch.dtype:
+    """The dtype in which products with `hidden` run: the autocast dtype where autocast is on."""
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
 
 
 def auto_chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device_type: str) -> int:
@@ -92,6 +102,10 @@ def auto_chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device_t
     chunks = max(1, -(-tokens // most))
     each = -(-tokens // chunks)
     return max(1, min(tokens, -(-each // 64) * 64))
+
+
+Computation = Callable[..., tuple[LossSums, Tensor | None, Tensor | None]]
+"""(hidden, weight, grad_hidden=, grad_weight=) -> the sums and the gradients asked for."""
 
 
 class _Options(NamedTuple):
@@ -104,13 +118,21 @@ class _Options(NamedTuple):
     compiled: bool
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def loss_with_gradients(compute: Computation, hidden: Tensor, weight: Tensor) -> LossSums:
+    """What `compute(hidden, weight, grad_hidden=, grad_weight=)` returns, its gradients given to autograd.
+
+    compute: returns the sums and, where asked for, the gradients of loss_sum in hidden and in weight.
+    """
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return compute(hidden, weight, grad_hidden=False, grad_weight=False)[0]
+    return LossSums(*_LossWithGradients.apply(hidden, weight, compute))
+
+
+class _LossWithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, compute: Computation) -> tuple[Tensor, ...]:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        sums, grad_hidden, grad_weight = _forward(
-            hidden, weight, labels, options, grad_hidden=want_hidden, grad_weight=want_weight
-        )
+        sums, grad_hidden, grad_weight = compute(hidden, weight, grad_hidden=want_hidden, grad_weight=want_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(*sums[1:])
@@ -124,11 +146,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * grad_loss).to(hidden_dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options, *, grad_hidden: bool, grad_weight: bool
+    hidden: Tensor, weight: Tensor, *, labels: Tensor, options: _Options, grad_hidden: bool, grad_weight: bool
 ) -> tuple[LossSums, Tensor | None, Tensor | None]:
     """Loss sums and, where asked, gradients of loss_sum in hidden (compute dtype) and weight (fp32)."""
     wide = torch.promote_types(options.compute, torch.float32)
@@ -181,7 +203,7 @@ def _statistics(
     lose the small gradients of confident tokens.)
     """
     wide = counts.dtype
-    logits, chosen = _capped(raw.to(wide), softcap), _capped(raw_chosen.to(wide), softcap)
+    logits, chosen = capped(raw.to(wide), softcap), capped(raw_chosen.to(wide), softcap)
     highest = logits.amax(-1, keepdim=True)
     logsumexp = highest + (logits - highest).exp().sum(-1, keepdim=True).log()
     flat = logsumexp[:, 0]
@@ -204,7 +226,8 @@ def _statistics(
     return sums, grad.to(raw.dtype), chosen_grad.to(raw.dtype)
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap), where there is one (Gemma 2)."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 

@@ -1,7 +1,8 @@
 """The gpt2 family: learned positions, LayerNorm before each half, full attention, a plain feed-forward.
 
 Parameter names are those of transformers; linears are stored [out, in] as in torch, where the Hugging Face file has
-them transposed (Conv1D): `weights.py` turns them at the border. Shapes: B batch, T tokens, D hidden, H heads.
+them transposed (Conv1D), and the fused projection head by head: `weights.py` turns them at the border. Shapes: B batch,
+T tokens, D hidden, H heads.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ class LayerNorm(nn.Module):
 
 
 class GPT2Attention(SelfAttention):
-    """Multi-head attention; queries, keys and values come from one linear."""
+    """Multi-head attention; queries, keys and values come from one linear.
+
+    Its output features are [head, (q, k, v), head_dim], so that a contiguous cut divides heads.
+    """
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
         self.scale = config.attention_scale(layer)
         self.attn_dropout = AttentionDropout(config.attn_dropout)
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
@@ -53,7 +57,7 @@ class GPT2Attention(SelfAttention):
         key_mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.c_attn(x).chunk(3, dim=-1))
+        q, k, v = self.c_attn(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
         out = self.attend(
             q,
             k,

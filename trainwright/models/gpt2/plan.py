@@ -19,7 +19,7 @@ def plan(config: GPT2Config) -> ModelPlan:
         head="lm_head",
         tied=(("transformer.wte.weight", "lm_head.weight"),) if config.tie_embeddings else (),
         linears=(
-            SplitLinear("attn.c_attn", "column", config.num_heads, parts=3),
+            SplitLinear("attn.c_attn", "column", config.num_heads),
             SplitLinear("attn.c_proj", "row", config.num_heads),
             SplitLinear("mlp.c_fc", "column", config.intermediate_size),
             SplitLinear("mlp.c_proj", "row", config.intermediate_size),

@@ -1,4 +1,7 @@
-"""GPT-2 parameters in a Hugging Face file: linears are stored [in, out] there (Conv1D), and biases always exist."""
+"""GPT-2 parameters in a Hugging Face file: linears are stored [in, out] there (Conv1D), and biases always exist.
+
+The fused projection has all queries, then all keys, then all values in the file; here its rows go head by head.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,21 @@ from trainwright.models.weights import WeightFormat
 
 __all__ = ["GPT2_WEIGHTS"]
 
+_FUSED = ("c_attn.weight", "c_attn.bias")
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
-def _transpose(config: GPT2Config, name: str, tensor: Tensor) -> Tensor:
+def _to_file(config: GPT2Config, name: str, tensor: Tensor) -> Tensor:
+    if name.endswith(_FUSED):  # rows [head, (q, k, v), head_dim] -> [(q, k, v), head, head_dim]
+        tensor = tensor.unflatten(0, (config.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     return tensor.t() if name.endswith(_CONV1D) else tensor
+
+
+def _from_file(config: GPT2Config, name: str, tensor: Tensor) -> Tensor:
+    tensor = tensor.t() if name.endswith(_CONV1D) else tensor
+    if name.endswith(_FUSED):
+        tensor = tensor.unflatten(0, (3, config.num_heads, -1)).transpose(0, 1).flatten(0, 2)
+    return tensor
 
 
 def _file_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -44,8 +57,8 @@ def _zeros(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 GPT2_WEIGHTS = WeightFormat(
     prefix="transformer.",
-    to_file=_transpose,
-    from_file=_transpose,
+    to_file=_to_file,
+    from_file=_from_file,
     file_shape=_file_shape,
     zeros=_zeros,
     ignored=(".attn.bias", ".attn.masked_bias"),

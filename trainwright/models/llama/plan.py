@@ -22,8 +22,8 @@ def plan(config: LlamaConfig) -> ModelPlan:
         tied=(("model.embed_tokens.weight", "lm_head.weight"),) if config.tie_embeddings else (),
         linears=(
             SplitLinear("self_attn.q_proj", "column", config.num_heads),
-            SplitLinear("self_attn.k_proj", "column", config.num_kv_heads),
-            SplitLinear("self_attn.v_proj", "column", config.num_kv_heads),
+            SplitLinear("self_attn.k_proj", "column", config.num_kv_heads, serves="self_attn.q_proj"),
+            SplitLinear("self_attn.v_proj", "column", config.num_kv_heads, serves="self_attn.q_proj"),
             SplitLinear("self_attn.o_proj", "row", config.num_heads),
             SplitLinear("mlp.gate_proj", "column", config.intermediate_size),
             SplitLinear("mlp.up_proj", "column", config.intermediate_size),

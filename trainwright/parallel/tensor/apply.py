@@ -1,0 +1,226 @@
+"""Dividing a model over the ranks of a tensor axis (Megatron-LM, arXiv 1909.08053, with sequence parallelism,
+arXiv 2205.05198).
+
+Each block's matrices are cut into one that divides its output features and one that divides its input features, so that
+a half of a block needs one gather of tokens before and one sum after. Between the halves every rank holds its own part
+of the tokens. The vocabulary is divided in the embedding and in the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+
+from trainwright.base.errors import ConfigError, ModelError
+from trainwright.comm.mesh import Axis
+from trainwright.models.cache import KVCache
+from trainwright.models.decoder import Decoder
+from trainwright.models.dropout import AttentionDropout
+from trainwright.models.registry import model_plan
+from trainwright.models.structure import ModelPlan
+from trainwright.ops.linear_cross_entropy import LossSums
+from trainwright.ops.vocab_parallel_cross_entropy import VocabularyPart, vocab_parallel_cross_entropy
+from trainwright.parallel.tensor.collectives import stack_parts
+from trainwright.parallel.tensor.hugging_face import apply_tensor_plan
+from trainwright.parallel.tensor.legality import legal_degrees, tensor_problems
+from trainwright.parallel.tensor.modules import (
+    enter_at,
+    enter_behind,
+    make_column,
+    make_row,
+    make_shared_heads,
+    make_vocabulary,
+    make_whole,
+    positions_of,
+)
+from trainwright.parallel.tensor.parameters import Divider, local, part_of
+from trainwright.parallel.tensor.stream import Stream
+
+__all__ = ["apply_tensor"]
+
+
+def apply_tensor(model: nn.Module, axis: Axis, plan: ModelPlan | None = None) -> nn.Module:
+    """Divide `model` over the ranks of `axis` in place; returns it. No message is sent: ranks hold equal values, or
+    none (on the meta device).
+
+    From outside the model is what it was: whole ids and labels go in, whole hidden states and sums come out, parameter
+    names stay. Parameters become DTensors on `axis.mesh`; of those that each rank holds whole, each has an addend of
+    the gradient (`Partial`), which FSDP2 or `sum_partial_gradients` sums. Inside, blocks see [B, T / t, D].
+
+    Args:
+        axis: an axis of one rank leaves the model alone.
+        plan: of a native decoder, or of the part of it that a pipeline stage holds; default its family's. Hugging Face
+            models bring their own.
+
+    Raises:
+        ConfigError: the degree does not divide what may not be cut; every reason is named.
+        ModelError: the model has no plan, or parameters that no plan knows.
+    """
+    if axis.size == 1:
+        return model
+    if axis.mesh is None:
+        raise ConfigError(f"the {axis.name} axis of {axis.size} ranks has no mesh to divide parameters on")
+    if not isinstance(model, Decoder):
+        if plan is not None:
+            raise ModelError(f"a plan was given for {type(model).__name__}, which is no native decoder")
+        return apply_tensor_plan(model, axis)
+    plan = plan or model_plan(model.config)
+    problems = tensor_problems(plan, axis.size)
+    if problems:
+        legal = ", ".join(map(str, legal_degrees(plan, 8 * axis.size)))
+        raise ConfigError(
+            f"the model cannot be divided over {axis.size} ranks: " + "; ".join(problems),
+            hint=f"parallel.tensor can be {legal}",
+        )
+    _Native(model, plan, axis).apply()
+    return model
+
+
+def find(module: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that name; None where another process has it."""
+    for part in name.split("."):
+        inner = module._modules.get(part)
+        if inner is None:
+            return None
+        module = inner
+    return module
+
+
+class _Native:
+    """Divides one native decoder, or what of it is here."""
+
+    def __init__(self, model: Decoder, plan: ModelPlan, axis: Axis) -> None:
+        self.model = model
+        self.plan = plan
+        self.axis = axis
+        self.stream = Stream(axis)
+        self.divider = Divider(axis)
+        self.cache_heads: int | None = None
+
+    def apply(self) -> None:
+        self._divide_ends()
+        blocks = find(self.model, self.plan.blocks)
+        for block in blocks.children() if blocks is not None else ():
+            self._divide_block(block)
+        self._refuse_unknown()
+        self.model.dropout_place.slice_rank = self.axis.rank
+        self.model.__class__ = _divided_class(type(self.model))
+        assert isinstance(self.model, _DividedDecoder)
+        self.model.stream = self.stream
+        self.model.own_cache_heads = self.cache_heads
+
+    def _divide_ends(self) -> None:
+        """Embeddings, final norm and head; a part of a pipeline may lack any of them."""
+        plan, divider, stream = self.plan, self.divider, self.stream
+        embedding, head = find(self.model, plan.embedding), find(self.model, plan.head)
+        for module in (embedding, head):
+            weight = None if module is None else module._parameters["weight"]
+            if weight is not None and part_of(weight.shape[0], self._last())[1] == 0:
+                raise ConfigError(
+                    f"a vocabulary of {weight.shape[0]} words leaves some of {self.axis.size} ranks without any",
+                    hint="divide over fewer ranks",
+                )
+        if embedding is not None:
+            make_vocabulary(embedding, divider, stream)
+        positions = find(self.model, plan.position_embedding) if plan.position_embedding else None
+        if positions is not None:
+            positions_of(positions, divider, stream)
+        norm = find(self.model, plan.final_norm)
+        if norm is not None:
+            make_whole(norm, divider, adds=True)
+            enter_behind(norm, stream)
+        if head is not None:
+            make_column(head, divider, stream, joins=True)
+
+    def _last(self) -> Axis:
+        return Axis(self.axis.name, self.axis.size - 1, self.axis.size)
+
+    def _divide_block(self, block: nn.Module) -> None:
+        entered: dict[str, None] = {}
+        units = {linear.name: linear.units for linear in self.plan.linears}
+        for linear in self.plan.linears:
+            module = find(block, linear.name)
+            if module is None:  # blocks of one model may differ (dense and expert layers)
+                continue
+            parent = linear.name.rpartition(".")[0]
+            if linear.kind == "row":
+                make_row(module, self.divider, self.stream)
+            elif linear.serves is not None and linear.units % self.axis.size:
+                self.cache_heads = make_shared_heads(
+                    module, self.divider, queries=units[linear.serves], heads=linear.units
+                )
+            else:
+                make_column(module, self.divider, self.stream, enters=not parent)
+            if linear.kind == "column" and parent:
+                entered[parent] = None
+        for name in entered:
+            parent_module = find(block, name)
+            assert parent_module is not None
+            enter_at(parent_module, self.stream)
+        for dropout in block.modules():
+            if isinstance(dropout, AttentionDropout):
+                dropout.first_head = part_of(self.model.config.num_heads, self.axis)[0]
+        # What is left sees a part of the tokens (norms) or of the heads (norms of queries and keys).
+        for module in block.modules():
+            if any(not self.divider.is_made(p) for p in module._parameters.values() if p is not None):
+                make_whole(module, self.divider, adds=True)
+
+    def _refuse_unknown(self) -> None:
+        unknown = [name for name, parameter in self.model.named_parameters() if not self.divider.is_made(parameter)]
+        if unknown:
+            raise ModelError(
+                f"parameters that no tensor plan knows: {', '.join(unknown[:6])}",
+                hint="set parallel.tensor=1, or add them to the family's plan.py",
+            )
+
+
+class _DividedDecoder(Decoder):
+    """What a native decoder does otherwise while its vocabulary and its residual stream are divided."""
+
+    stream: Stream
+    own_cache_heads: int | None
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        self.stream.resume(x.shape[1], position_ids.shape[-1])
+        out: Tensor = super().run_blocks(x, position_ids, document_ids, key_mask, cache)  # type: ignore[safe-super]
+        return out
+
+    def head_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        compiled: bool = False,
+    ) -> LossSums:
+        axis, words = self.stream.axis, self.lm_head.out_features
+        part = VocabularyPart(part_of(words, axis)[0], words, axis.size, lambda numbers: stack_parts(numbers, axis))
+        return vocab_parallel_cross_entropy(
+            hidden,
+            local(self.lm_head.weight, Shard(0)),
+            labels,
+            part,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            compiled=compiled,
+        )
+
+    @property
+    def cache_heads(self) -> int:
+        if self.own_cache_heads is not None:
+            return self.own_cache_heads
+        return super().cache_heads // self.stream.axis.size
+
+
+def _divided_class(kind: type[Any]) -> type[Any]:
+    return type(kind.__name__, (_DividedDecoder, kind), {"__module__": kind.__module__})
