@@ -50,7 +50,7 @@ def sort_by_expert(experts: Tensor, num_experts: int, kept: Tensor | None = None
     inverse = torch.empty_like(copies)
     inverse[copies] = torch.arange(copies.numel(), device=copies.device)
     counts = count_choices(flat, num_experts + 1)[:num_experts]
-    if kept is not None:
+    if kept is not None and not flat.is_meta:
         sent = int(counts.sum())
         copies, inverse = copies[:sent], inverse.clamp(max=sent)
     return ExpertOrder(copies, inverse, counts, experts.shape[1])

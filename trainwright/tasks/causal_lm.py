@@ -53,8 +53,11 @@ class CausalLM:
         self.compiled = compiled
 
     def loss(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput:
-        """The training objective: cross-entropy in nats, with label smoothing and z-loss where they are on."""
-        return self._sums(model, batch, self.label_smoothing, self.z_loss)
+        """The training objective: cross-entropy in nats, with label smoothing and z-loss where they are on, and what
+        the model itself adds (the auxiliary loss of experts)."""
+        output = self._sums(model, batch, self.label_smoothing, self.z_loss)
+        added = model.auxiliary_loss(batch["labels"])
+        return output if added is None else LossOutput(output.loss_sum + added, output.count)
 
     def evaluate(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput:
         """Plain cross-entropy in nats, whatever the training objective adds to it."""

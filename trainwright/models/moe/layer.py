@@ -78,7 +78,17 @@ class MoE(nn.Module):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         config = self.config
-        x = self.enter(x)
+        out = self.leave(self._routed(self.enter(x)))
+        if config.shared_size:
+            shared = self.shared_expert(x)
+            if config.shared_gate:
+                shared = self.shared_expert_gate(x).sigmoid() * shared
+            out = out + shared
+        return out
+
+    def _routed(self, x: Tensor) -> Tensor:
+        """Whole rows x [B, T, D] through the experts that are chosen for their tokens."""
+        config = self.config
         tokens = x.flatten(0, 1)
         routing = self.gate(tokens)
         rows = routing.experts.unflatten(0, x.shape[:2])
@@ -90,13 +100,8 @@ class MoE(nn.Module):
             self.record.add(count_choices(rows.flatten(1), config.num_experts), scores, kept)
         order = sort_by_expert(routing.experts, config.num_experts, kept)
         outputs = gather_copies(self.mix(self.experts, tokens, order), order)
-        mixed = torch.bmm(routing.weights[:, None].to(outputs.dtype), outputs).squeeze(1)
-        if config.shared_size:
-            shared = self.shared_expert(tokens)
-            if config.shared_gate:
-                shared = self.shared_expert_gate(tokens).sigmoid() * shared
-            mixed = mixed + shared
-        return self.leave(mixed.view_as(x))
+        mixed = torch.bmm(routing.weights[:, None].to(outputs.dtype), outputs)
+        return mixed.view_as(x)
 
 
 def _mix_here(experts: Experts, tokens: Tensor, order: ExpertOrder) -> Tensor:
