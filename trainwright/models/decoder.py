@@ -168,8 +168,11 @@ class Decoder(nn.Module, ABC):
                 module.attention_backend = name
 
     def tie_weights(self) -> None:
-        """Make head and embedding one parameter where the configuration says so. Call again after replacing either."""
-        if self.config.tie_embeddings:
+        """Make head and embedding one parameter where the configuration says so. Call again after replacing either.
+
+        Nothing where another process holds one of them.
+        """
+        if self.config.tie_embeddings and self.lm_head is not None and self.embedding is not None:
             self.lm_head.weight = self.embedding.weight
 
     @property
