@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from trainwright.comm.layout import PipelineLayout
+from trainwright.parallel.pipeline.predict import bubble_share
+from trainwright.planner.division import Division
 from trainwright.planner.facts import MachineFacts, ModelFacts
 from trainwright.planner.memory import MemorySettings, predict_rank_memory
 
-__all__ = ["MemoryPrediction", "predict_memory", "predict_tokens_per_second", "utilisation"]
+__all__ = ["MemoryPrediction", "pipeline_share", "predict_memory", "predict_tokens_per_second", "utilisation"]
 
 # Share of the measured matmul peak that a whole training step reaches, by (device kind, compiled).
 # CPU, compiled: measured on 2 cores of an AMD EPYC 9004: 0.63 for a llama of 5M parameters, 0.73 for 34M
@@ -30,6 +33,11 @@ def predict_tokens_per_second(model: ModelFacts, machine: MachineFacts, *, dtype
     """Trained tokens per second: measured peak times expected utilisation over FLOPs per token."""
     peak = machine.peak.get(dtype) or machine.peak["fp32"]
     return peak * utilisation(machine, compiled=compiled) / model.flops_per_token
+
+
+def pipeline_share(pipeline: PipelineLayout, micro_batches: int) -> float:
+    """Expected share of a step in which a pipeline's ranks work, with equal stages."""
+    return 1.0 - bubble_share(pipeline.schedule, pipeline.stages, micro_batches, pipeline.virtual)
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ def predict_memory(
     optimizer_state: str = "device",
     parameters: str = "device",
     host_is_device: bool = True,
+    division: Division | None = None,
 ) -> MemoryPrediction:
     """Bytes a step needs on the device of one rank, outside the runtime's own (interpreter, libraries, compiler): about
     0.5 GiB on CPU. Parameters include the low-precision or gathered copies that live as long as the forward pass.
@@ -84,6 +93,7 @@ def predict_memory(
         optimizer_state=optimizer_state,
         parameters=parameters,
         host_is_device=host_is_device,
+        division=division or Division(),
     ).with_recompute(recompute)
     memory = predict_rank_memory(model, settings)
     return MemoryPrediction(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DataFacts", "MachineFacts", "ModelFacts"]
+from trainwright.models import ModelConfig
+
+__all__ = ["BatchFacts", "DataFacts", "MachineFacts", "ModelFacts", "ModelShape"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class MachineFacts:
         peak: measured matrix-product rate of one rank in FLOP/s by dtype name ("fp32", "bf16").
         ranks: processes that train together, each with a device, or a share of the cores, like this one.
         host_bytes: this rank's share of the host's memory; None where that is `memory_bytes`.
+        ranks_on_host: those of them that run on one host; None when all do.
     """
 
     kind: str
@@ -32,6 +35,7 @@ class MachineFacts:
     peak: dict[str, float]
     ranks: int = 1
     host_bytes: int | None = None
+    ranks_on_host: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,58 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class BatchFacts:
+    """What one optimizer step is made of.
+
+    Attributes:
+        rows: of one step on all ranks together.
+        micro_rows: of one forward pass.
+        sequence_length: positions of a row.
+        run: micro-batches of one run of a pipeline's schedule; None runs all those of a step at once.
+    """
+
+    rows: int
+    micro_rows: int
+    sequence_length: int
+    run: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides how a model can be divided. Sizes are numbers of parameters.
+
+    Attributes:
+        heads, kv_heads: of attention. head_width: dimensions of each.
+        mlp_width: of the MLP inside a block; of one expert where there are experts.
+        block: all of one block, on average.
+        block_whole: of these, what tensor ranks hold whole (norms, the router, biases of summed products).
+        block_kv: of these, the projections to keys and values, which ranks that do not divide `kv_heads` hold whole.
+        block_experts: of these, in experts, each of which tensor ranks divide.
+        embedding, head: outside blocks, tied ones in both; divided by vocabulary.
+        positions: learned positions, which every tensor rank of the first stage holds whole.
+        tied: the head is the embedding.
+        experts: routed experts of a block, 0 in a dense model. experts_per_token: of these, those that see a token.
+        config: the native family's configuration, which the rules of each axis read; None where only numbers are known.
+    """
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    block: int
+    block_whole: int
+    block_kv: int
+    embedding: int
+    head: int
+    tied: bool
+    positions: int = 0
+    block_experts: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    config: ModelConfig | None = None
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """The model as the cost model sees it.
 
@@ -67,6 +123,7 @@ class ModelFacts:
         parameters: all parameters, tied ones once.
         flops_per_token: forward and backward, matrix products and causal attention.
         layers, width, vocab_size: its shape.
+        shape: how it can be divided; None where nobody looked inside.
     """
 
     parameters: int
@@ -74,3 +131,4 @@ class ModelFacts:
     layers: int
     width: int
     vocab_size: int
+    shape: ModelShape | None = None

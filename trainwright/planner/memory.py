@@ -1,15 +1,19 @@
-"""Bytes that one rank needs at the peak of a step, at every ZeRO stage: pure functions of plain numbers.
+"""Bytes that one rank needs at the peak of a step, in every layout: pure functions of plain numbers.
 
 ZeRO, arXiv 1910.02054, section 3, with the types that this engine really uses: fp32 parts of parameters, low-precision
-copies of whole ones, fp32 gradients (docs/memory.md has the table).
+copies of whole ones, fp32 gradients (docs/memory.md has the table). Activations: Korthikanti et al., arXiv 2205.05198;
+divided by the ranks of tensor and context, multiplied by the passes that a pipeline holds at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
+from trainwright.comm.layout import Layout
+from trainwright.planner.division import Division, RankPart, rank_part
 from trainwright.planner.facts import ModelFacts
+from trainwright.planner.in_flight import parts_in_flight
 
 __all__ = [
     "ACTIVATION_BYTES",
@@ -79,13 +83,13 @@ class StateBytes:
 
 
 def zero_states(
-    parameters: int,
+    parameters: float,
     widths: StateWidths,
     *,
     zero: int,
     shard: int,
     whole_gradients: bool,
-    gathered_at_once: int = 0,
+    gathered_at_once: float = 0,
 ) -> StateBytes:
     """Bytes of model state of one of `shard` ranks that share a copy.
 
@@ -109,6 +113,7 @@ class MemorySettings:
 
     Attributes:
         micro_rows, sequence_length: of one forward pass. micro_batches: of one step.
+        run: micro-batches of one run of a pipeline's schedule; None runs all those of a step at once.
         shard: ranks that share a copy of the state.
         gather: "step" keeps whole parameters for the step; stage 3 with "micro_batch" only those of a few blocks.
         recompute: none, selective, full, or n: every n-th block in full.
@@ -116,6 +121,7 @@ class MemorySettings:
         compiled: whether blocks are compiled.
         host_is_device: the device is the CPU, so that what goes to the host stays where it was.
         block_parameters: of the largest block; None estimates it.
+        division: how ranks divide the model and its sequences. stage: of the pipeline; None is the one that needs most.
     """
 
     micro_rows: int
@@ -135,6 +141,20 @@ class MemorySettings:
     compiled: bool = True
     host_is_device: bool = False
     block_parameters: int | None = None
+    division: Division = field(default_factory=Division)
+    stage: int | None = None
+    run: int | None = None
+
+    def under(self, layout: Layout) -> MemorySettings:
+        """The same passes in another layout."""
+        return replace(
+            self,
+            zero=layout.zero,
+            shard=layout.shard,
+            accumulate=layout.accumulate,
+            gather=layout.gather,
+            division=Division.of(layout),
+        )
 
     def with_recompute(self, value: str | int | Mapping[str, int]) -> MemorySettings:
         """With the recipe's `memory.recompute`; "auto" counts as none."""
@@ -182,6 +202,15 @@ def state_widths(precision: str, optimizer: str, *, update: str = "master", shar
 
 def predict_rank_memory(model: ModelFacts, settings: MemorySettings) -> RankMemory:
     """Bytes that a rank needs at the peak of a step of `model` under `settings`."""
+    stages = settings.division.stages
+    if settings.stage is None and stages > 1:
+        # The first holds most passes at once, the last may hold the head, those between them one more block.
+        candidates = sorted({0, 1, stages - 1})
+        return max((_of_stage(model, settings, stage) for stage in candidates), key=lambda memory: memory.device)
+    return _of_stage(model, settings, settings.stage or 0)
+
+
+def _of_stage(model: ModelFacts, settings: MemorySettings, stage: int) -> RankMemory:
     sharded = settings.zero > 0 and settings.shard > 1
     zero = settings.zero if sharded else 0
     widths = state_widths(settings.precision, settings.optimizer, update=settings.update, sharded=sharded)
@@ -190,21 +219,27 @@ def predict_rank_memory(model: ModelFacts, settings: MemorySettings) -> RankMemo
     if sharded and several:
         # Whole gradients are added up in fp32; parts wait in the type of the parameter beside those of the next pass.
         widths = replace(widths, gradient=4.0 if local else 2 * widths.gradient)
-    block, rest = _block_and_rest(model, settings)
-    states = zero_states(
-        model.parameters,
-        widths,
-        zero=zero,
-        shard=settings.shard,
-        whole_gradients=several and local,
-        gathered_at_once=_gathered_at_once(model, settings, block, rest),
-    )
-    kept, activations = _activations(model, settings)
+    part = rank_part(model, settings.division, stage, block=settings.block_parameters)
+    block, rest = _block_and_rest(model, settings, part)
+    # Ranks that divide the experts hold different ones: fewer of the ranks that share state share these.
+    share = {"dense": settings.shard, "experts": max(1, settings.shard // settings.division.expert)}
+    states = [
+        zero_states(
+            count,
+            widths,
+            zero=zero,
+            shard=share[kind],
+            whole_gradients=several and local,
+            gathered_at_once=_gathered_at_once(settings, part, block, rest) * count / max(1.0, part.parameters),
+        )
+        for kind, count in (("dense", part.dense), ("experts", part.experts))
+    ]
+    kept, activations = _activations(model, settings, part, stage)
     memory = RankMemory(
-        parameters=round(states.parameters),
-        gathered=round(states.gathered),
-        gradients=round(states.gradients),
-        optimizer=round(states.optimizer),
+        parameters=round(sum(state.parameters for state in states)),
+        gathered=round(sum(state.gathered for state in states)),
+        gradients=round(sum(state.gradients for state in states)),
+        optimizer=round(sum(state.optimizer for state in states)),
         activations=activations,
         # The gradient of a unit as backward makes it, and the fp32 buffer that is summed over the ranks.
         transfers=round(max(IN_FLIGHT * block, rest) * (widths.whole + 4.0)) if sharded else 0,
@@ -212,39 +247,57 @@ def predict_rank_memory(model: ModelFacts, settings: MemorySettings) -> RankMemo
     return _moved(memory, settings, kept)
 
 
-def _block_and_rest(model: ModelFacts, settings: MemorySettings) -> tuple[int, int]:
-    """Parameters of one block and of all that is outside blocks. Without more knowledge each is an upper estimate:
-    whether embedding and head are one matrix or two is not in the facts."""
+def _block_and_rest(model: ModelFacts, settings: MemorySettings, part: RankPart) -> tuple[float, float]:
+    """Parameters that a rank has of one block and of all that is outside blocks. Without more knowledge each is an
+    upper estimate: whether embedding and head are one matrix or two is not in the facts."""
+    if settings.division.divides_parameters or model.shape is not None:
+        return part.block, part.rest
     words = model.vocab_size * model.width
     if settings.block_parameters is not None:
         return settings.block_parameters, max(0, model.parameters - model.layers * settings.block_parameters)
-    return max(0, model.parameters - words) // max(1, model.layers), min(model.parameters, 2 * words)
+    return part.block, min(model.parameters, 2 * words)
 
 
-def _gathered_at_once(model: ModelFacts, settings: MemorySettings, block: int, rest: int) -> int:
+def _gathered_at_once(settings: MemorySettings, part: RankPart, block: float, rest: float) -> float:
     if settings.gather == "step":
-        return model.parameters
-    return min(model.parameters, IN_FLIGHT * block + rest)
+        return part.parameters
+    return min(part.parameters, IN_FLIGHT * block + rest)
 
 
-def _activations(model: ModelFacts, settings: MemorySettings) -> tuple[int, int]:
+def _activations(model: ModelFacts, settings: MemorySettings, part: RankPart, stage: int) -> tuple[int, int]:
     """(bytes that all blocks keep until backward, bytes of activations on the device at the peak)."""
-    unit = settings.micro_rows * settings.sequence_length * model.width * (2 if settings.precision == "fp32" else 1)
+    division = settings.division
+    tokens = settings.micro_rows * settings.sequence_length / (division.tensor * division.context)
+    unit = tokens * model.width * (2 if settings.precision == "fp32" else 1)
     every = settings.recompute if isinstance(settings.recompute, int) else 1
     kind = "full" if isinstance(settings.recompute, int) else settings.recompute
-    plain = ACTIVATION_BYTES["none"] if settings.compiled else EAGER_BYTES
+    plain = (ACTIVATION_BYTES["none"] if settings.compiled else EAGER_BYTES) + _routed_bytes(model)
     reduced = plain if kind == "none" else ACTIVATION_BYTES[kind]
     sharded = settings.zero > 0 and settings.shard > 1
     if kind == "full" and settings.precision in AUTOCAST and not sharded:
         reduced = WIDE_INPUT_BYTES
-    again = -(-model.layers // every) if kind != "none" else 0
-    kept = unit * ((model.layers - again) * plain + again * reduced)
+    passes, layers = 1, part.layers
+    if division.stages > 1:
+        passes = parts_in_flight(division.schedule, division.stages, division.virtual, settings.run or settings.micro_batches, stage)
+        layers = part.part_layers
+    again = -(-layers // every) if kind != "none" else 0
+    kept = passes * unit * ((layers - again) * plain + again * reduced)
     # The block that is computed again holds everything it made for a moment.
     window = unit * (plain - reduced) if again else 0.0
     held = kept
     if settings.offload_activations and not settings.host_is_device:
-        held = min(kept, unit * IN_FLIGHT * max(reduced, plain if again < model.layers else 0.0))
+        held = min(kept, unit * IN_FLIGHT * max(reduced, plain if again < layers else 0.0))
     return round(kept), round(held + window)
+
+
+def _routed_bytes(model: ModelFacts) -> float:
+    """What experts keep beyond the MLP that `ACTIVATION_BYTES` contains (3.5 times as wide as the model: 28 of the 56
+    bytes): each of a token's experts its own inner tensors, and the token's copy on the way there and back."""
+    shape = model.shape
+    if shape is None or not shape.experts or not model.width:
+        return 0.0
+    inner = shape.experts_per_token * shape.mlp_width / model.width
+    return 8.0 * (inner - 3.5) + 4.0 * shape.experts_per_token
 
 
 def _moved(memory: RankMemory, settings: MemorySettings, kept: int) -> RankMemory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -9,6 +10,7 @@ from itertools import product
 from trainwright.base.device import DeviceKind, device_facts, host_memory_limit
 from trainwright.base.errors import MemoryLimitError
 from trainwright.base.text import human_bytes
+from trainwright.planner.division import Division
 from trainwright.planner.facts import ModelFacts
 from trainwright.planner.memory import MemorySettings, RankMemory, predict_rank_memory
 
@@ -32,6 +34,8 @@ _RECOMPUTE = {"none": 1.0, "selective": 1.17, "full": 1.33}
 _ZERO = {0: 1.0, 1: 1.01, 2: 1.01, 3: 1.1}
 _ACCUMULATE_SHARDED = 1.1
 _OFFLOAD_ACTIVATIONS = 1.15
+_TENSOR = 1.1  # for each factor of 2: a whole activation eight times a block, in the way of its products
+_CONTEXT = 1.05  # for each factor of 2: keys and values, beside products that grow with the square of the length
 _STATE = {"device": 1.0, "host": 1.25, "nvme": 1.6}
 
 _RECOMPUTE_ORDER = ("none", "selective", "full")
@@ -119,22 +123,55 @@ def refuse_before_allocating(
 
 
 def alternatives(
-    model: ModelFacts, settings: MemorySettings, *, world: int = 1, nvme: bool = False
+    model: ModelFacts,
+    settings: MemorySettings,
+    *,
+    world: int = 1,
+    nvme: bool = False,
+    divisions: Iterable[Division] = (),
 ) -> Iterator[Alternative]:
     """Configurations that need less than `settings` and train the same, the cheapest in time first.
 
-    They differ in the micro-batch (the batch stays: more micro-batches), recomputing, ZeRO stage, accumulation, and
-    where activations and optimizer state are.
+    They differ in the micro-batch (the batch stays: more micro-batches), recomputing, ZeRO stage, accumulation, where
+    activations and optimizer state are, and over how many ranks the model is divided.
 
     Args:
-        world: ranks over which state can be divided.
+        world: all ranks.
         nvme: whether a folder for state on disk is given.
+        divisions: other degrees that are legal.
     """
     found = []
+    for division in (settings.division, *divisions):
+        divided = _under(settings, division, world)
+        found += list(_under_one_division(model, settings, divided, world, nvme))
+    yield from sorted(found, key=lambda one: (round(one.cost, 4), len(one.changes)))
+
+
+def _under(settings: MemorySettings, division: Division, world: int) -> MemorySettings:
+    """The same batch with the model divided otherwise: fewer ranks have rows of their own, and each gets more."""
+    before = settings.division
+    if division == before:
+        return settings
+    data = max(1, world // (division.tensor * division.stages))
+    more = division.same_rows / before.same_rows
+    shard = min(settings.shard, data)
+    return replace(
+        settings,
+        division=division,
+        micro_batches=max(1, round(settings.micro_batches * more)),
+        shard=shard if data % shard == 0 else data,
+    )
+
+
+def _under_one_division(
+    model: ModelFacts, before: MemorySettings, settings: MemorySettings, world: int, nvme: bool
+) -> Iterator[Alternative]:
+    division = settings.division
+    data = max(1, world // (division.tensor * division.stages))
     choices = product(
         _micro_rows(settings),
         _later(_RECOMPUTE_ORDER, settings.recompute),
-        range(settings.zero, 4) if world > 1 else (settings.zero,),
+        range(settings.zero, 4) if data > 1 else (settings.zero,),
         ("local", "sharded"),
         (False, True) if not settings.host_is_device else (settings.offload_activations,),
         _states(settings, nvme),
@@ -148,17 +185,16 @@ def alternatives(
             micro_batches=settings.micro_batches * settings.micro_rows // rows,
             recompute=recompute,
             zero=zero,
-            shard=max(settings.shard, world) if zero > 0 and settings.zero == 0 else settings.shard,
+            shard=max(settings.shard, data) if zero > 0 and settings.zero == 0 else settings.shard,
             gather="micro_batch" if zero == 3 and settings.zero != 3 else settings.gather,
             accumulate=accumulate,
             offload_activations=offload or settings.offload_activations,
             optimizer_state=place,
         )
-        changes = _changes(settings, other)
+        changes = _changes(before, other)
         if changes:
-            cost = _cost(other) / _cost(settings) * _MICRO_BATCH_HALVED ** _halvings(settings.micro_rows, rows)
-            found.append(Alternative(changes, predict_rank_memory(model, other), cost))
-    yield from sorted(found, key=lambda one: (round(one.cost, 4), len(one.changes)))
+            cost = _cost(other) / _cost(before) * _MICRO_BATCH_HALVED ** _halvings(settings.micro_rows, rows)
+            yield Alternative(changes, predict_rank_memory(model, other), cost)
 
 
 def _micro_rows(settings: MemorySettings) -> list[int]:
@@ -193,8 +229,13 @@ def _cost(settings: MemorySettings) -> float:
     recompute = settings.recompute
     again = 1 + 0.33 / recompute if isinstance(recompute, int) else _RECOMPUTE[recompute]
     several = settings.micro_batches > 1 and settings.accumulate == "sharded"
+    division = settings.division
+    waits = (division.stages - 1) / division.virtual / settings.micro_batches
     return (
         again
+        * _TENSOR ** math.log2(division.tensor)
+        * _CONTEXT ** math.log2(division.context)
+        * (1 + waits)
         * _ZERO[settings.zero]
         * (_ACCUMULATE_SHARDED if several else 1.0)
         * (_OFFLOAD_ACTIVATIONS if settings.offload_activations else 1.0)
@@ -203,6 +244,16 @@ def _cost(settings: MemorySettings) -> float:
 
 
 def _changes(before: MemorySettings, after: MemorySettings) -> tuple[tuple[str, str | int | bool], ...]:
+    degrees = {
+        "parallel.tensor": "tensor",
+        "parallel.context": "context",
+        "parallel.pipeline.stages": "stages",
+    }
+    changed = [
+        (key, getattr(after.division, name))
+        for key, name in degrees.items()
+        if getattr(after.division, name) != getattr(before.division, name)
+    ]
     keys = {
         "train.micro_batch": "micro_rows",
         "memory.recompute": "recompute",
@@ -211,9 +262,10 @@ def _changes(before: MemorySettings, after: MemorySettings) -> tuple[tuple[str, 
         "memory.offload_activations": "offload_activations",
         "memory.optimizer_state": "optimizer_state",
     }
-    return tuple(
+    changed += [
         (key, getattr(after, name)) for key, name in keys.items() if getattr(after, name) != getattr(before, name)
-    )
+    ]
+    return tuple(changed)
 
 
 def _sizes(memory: RankMemory, limits: MemoryLimits) -> str:

@@ -29,12 +29,14 @@ class Prediction:
         step_seconds: seconds of one optimizer step.
         total_seconds: seconds of all steps, without compiling, evaluating and saving.
         memory: bytes at the peak of a step by kind, and their total.
+        wire: bytes that one rank sends per step, by axis of the layout.
     """
 
     tokens_per_second: float
     step_seconds: float
     total_seconds: float
     memory: dict[str, int]
+    wire: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Plan:
 
     @property
     def rank_rows(self) -> int:
-        """Rows of one optimizer step on one rank."""
-        return self.batch_rows // self.layout.world
+        """Rows of one optimizer step on one rank, and on those that work on the same rows with it."""
+        return self.batch_rows // self.layout.rows
 
     @property
     def accumulation(self) -> int:
@@ -83,6 +85,11 @@ class Plan:
     def with_decisions(self, earlier: tuple[Decision, ...]) -> Plan:
         """The same plan with decisions that were taken before it in front."""
         return replace(self, decisions=earlier + self.decisions)
+
+    def _sent(self) -> str:
+        """Bytes on the wire by what they are for."""
+        names = {"state": "gradients and state", "expert": "tokens to experts"}
+        return ", ".join(f"{names.get(axis, axis)} {human_bytes(size)}" for axis, size in self.prediction.wire.items())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, saved as `plan.json`."""
@@ -107,6 +114,7 @@ class Plan:
             f"predicted {human_count(prediction.tokens_per_second)} tokens/s,"
             f" {human_duration(prediction.total_seconds)} of training,"
             f" {human_bytes(prediction.memory['total'])} of memory ({', '.join(parts)})",
+            *([f"sends     {self._sent()} per step from each rank"] if prediction.wire else []),
             "decided",
         ]
         width = max((len(d.key) + len(str(d.value)) for d in self.decisions), default=0) + 3

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 
+from trainwright.parallel.pipeline.rules import pipeline_problems
 from trainwright.planner.cost import predict_memory
+from trainwright.planner.division import Division
 from trainwright.planner.facts import DataFacts, MachineFacts, ModelFacts
 
 __all__ = [
@@ -36,6 +38,7 @@ MIN_STEPS = 200
 COMPILE_SECONDS = 45  # measured: forward and backward of one llama block on 2 CPU cores, cold cache
 CPU_MICRO_BATCH_TOKENS = 4096  # measured on 2 cores: larger micro-batches gain nothing and fall out of the cache
 CUDA_MICRO_BATCH_TOKENS = 32768
+MICRO_BATCHES_PER_STAGE = 4  # (p - 1) / (4 p + p - 1) < 1/5 of the time is waited in 1F1B
 MEMORY_SHARE = 0.7  # of what is free after weights, gradients and optimizer state
 
 
@@ -71,16 +74,23 @@ def _compute(model: ModelFacts, tokens: int) -> float:
     return max(model.flops_per_token * tokens, 1e9)
 
 
-def choose_batch_tokens(model: ModelFacts, data: DataFacts, tokens: int, *, ranks: int = 1) -> Choice:
-    """B = 0.292 C^0.327 tokens for C training FLOPs, in whole rows, and at least 200 steps in the run."""
+def choose_batch_tokens(model: ModelFacts, data: DataFacts, tokens: int, *, ranks: int = 1, stages: int = 1) -> Choice:
+    """B = 0.292 C^0.327 tokens for C training FLOPs, in whole rows, and at least 200 steps in the run.
+
+    Args:
+        ranks: those with rows of their own, which all get equally many.
+        stages: of a pipeline, each of which needs a micro-batch to work on.
+    """
     law = 0.2920 * _compute(model, tokens) ** 0.3271
     rows = max(1, round(min(law, tokens / MIN_STEPS) / data.sequence_length))
     rows = min(_round_to_even_split(rows), max(1, data.train_rows))
-    rows = max(1, round(rows / ranks)) * ranks
+    each = ranks * stages
+    rows = max(1, round(rows / each)) * each
     reason = f"0.292 C^0.327 = {law:,.0f} tokens (arXiv 2401.02954)"
     if law > tokens / MIN_STEPS:
         reason += f", cut so that the run has {MIN_STEPS} steps"
     shared = f", {rows // ranks} for each of {ranks} processes" if ranks > 1 else ""
+    shared += f", a multiple of the pipeline's {stages} micro-batches" if stages > 1 else ""
     return rows * data.sequence_length, f"{reason}; {rows} rows of {data.sequence_length}{shared}"
 
 
@@ -104,21 +114,56 @@ def choose_micro_batch(
     batch_rows: int,
     optimizer: str,
     precision: str,
+    division: Division | None = None,
+    run: int | None = None,
 ) -> Choice:
-    """The most rows that fit in memory and keep the device busy, as a divisor of the batch."""
+    """The most rows that fit in memory and keep the device busy, as a divisor of the batch.
+
+    Args:
+        division: how ranks divide the model; a pipeline gets as many micro-batches as keep its stages at work.
+        run: micro-batches of one run of the pipeline's schedule, of which a step's are a multiple.
+    """
+    division = division or Division()
     one = predict_memory(
-        model, optimizer=optimizer, precision=precision, micro_rows=1, sequence_length=data.sequence_length
+        model,
+        optimizer=optimizer,
+        precision=precision,
+        micro_rows=1,
+        sequence_length=data.sequence_length,
+        micro_batches=batch_rows if division.stages > 1 else 1,
+        division=division,
     )
     free = MEMORY_SHARE * (machine.memory_bytes - (one.total - one.activations))
     fits = max(1, int(free // max(one.activations, 1)))
     busy_tokens = CUDA_MICRO_BATCH_TOKENS if machine.kind == "cuda" else CPU_MICRO_BATCH_TOKENS
-    busy = max(1, busy_tokens // data.sequence_length)
+    busy = max(1, busy_tokens * division.context // data.sequence_length)
     limit = min(fits, busy, batch_rows)
-    rows = next(r for r in range(limit, 0, -1) if batch_rows % r == 0)
+    choices = [r for r in range(limit, 0, -1) if batch_rows % r == 0]
+    if division.stages > 1:
+        return _for_a_pipeline(model, division, batch_rows, choices, run)
+    rows = choices[0]
     bound = "memory" if fits < min(busy, batch_rows) else f"{busy_tokens:,} tokens keep this device busy"
     if batch_rows <= min(fits, busy):
         bound = "the whole batch fits at once"
     return rows, f"{batch_rows} rows in {batch_rows // rows} micro-batch(es); {bound}"
+
+
+def _for_a_pipeline(
+    model: ModelFacts, division: Division, batch_rows: int, choices: list[int], run: int | None
+) -> Choice:
+    """The most rows with which the schedule can run and idles little; where none lets it, the smallest micro-batch."""
+
+    def problems(rows: int) -> list[str]:
+        passes = batch_rows // rows
+        several = ["a rest"] if run is not None and passes % run else []
+        sizes = (division.stages, division.schedule, run or passes, division.virtual)
+        return several + pipeline_problems(model.layers, *sizes)
+
+    runs = [rows for rows in choices if not problems(rows)] or choices[-1:]
+    enough = [rows for rows in runs if batch_rows // rows >= MICRO_BATCHES_PER_STAGE * division.stages]
+    rows = enough[0] if enough else runs[-1]
+    passes = batch_rows // rows
+    return rows, f"{batch_rows} rows in {passes} micro-batches, with which {division.stages} stages work"
 
 
 def choose_learning_rate(model: ModelFacts, tokens: int, *, optimizer: str) -> Choice:

@@ -1,0 +1,88 @@
+"""Bytes that one rank sends in a step, by axis: the textbook volumes of each way of dividing a model.
+
+ZeRO, arXiv 1910.02054, section 7; tensor and sequence parallelism, arXiv 2205.05198, section 4.2.2; Ulysses, arXiv
+2309.14509, section 3.2; ring attention, arXiv 2310.01889; experts, arXiv 2006.16668. A ring collective of V bytes over
+n ranks sends V (n - 1) / n from each to gather or to scatter, twice that to sum.
+"""
+
+from __future__ import annotations
+
+from trainwright.comm.layout import Layout
+from trainwright.planner.division import rank_part, shape_of
+from trainwright.planner.facts import ModelFacts
+from trainwright.planner.memory import MemorySettings, state_widths
+
+__all__ = ["wire_bytes"]
+
+GRADIENT_BYTES = 4.0  # comm.wire: fp32
+
+
+def wire_bytes(model: ModelFacts, settings: MemorySettings, layout: Layout) -> dict[str, int]:
+    """Axis -> bytes that a rank in the middle of the pipeline sends per optimizer step; axes that send nothing are not
+    named.
+
+    Args:
+        settings: sizes of the passes, number formats and recomputing; its division is the layout's.
+    """
+    element = 4.0 if settings.precision == "fp32" else 2.0
+    stage = layout.pipeline.stages // 2
+    part = rank_part(model, settings.division, stage, block=settings.block_parameters)
+    tokens = settings.micro_rows * settings.sequence_length / layout.context  # of one pass, on one context rank
+    hidden = tokens * model.width * element
+    # A rank's blocks each see every micro-batch; a recomputed block sends what its forward pass sends once more.
+    passes = settings.micro_batches * part.layers
+    again = 1.0 if settings.recompute == "none" else 1.5
+    found = {
+        "state": _state(part.parameters, settings, layout),
+        "tensor": again * passes * 8 * hidden * _others(layout.tensor),
+        "context": passes * _context(model, settings, layout, tokens * element),
+        "expert": again * passes * _experts(model, layout, hidden),
+        "pipeline": _pipeline(settings, layout, hidden),
+    }
+    return {axis: round(size) for axis, size in found.items() if size > 0}
+
+
+def _others(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def _state(parameters: float, settings: MemorySettings, layout: Layout) -> float:
+    """Gradients and parameters between the ranks that hold the same part of the model."""
+    if layout.data == 1:
+        return 0.0
+    if not layout.is_sharded:
+        return 2 * GRADIENT_BYTES * parameters * _others(layout.data)
+    widths = state_widths(settings.precision, settings.optimizer, update=settings.update, sharded=True)
+    gathers = 1 if layout.gather == "step" else 2 * settings.micro_batches
+    reductions = 1 if layout.accumulate == "local" else settings.micro_batches
+    inside = (gathers * widths.whole + reductions * GRADIENT_BYTES) * parameters * _others(layout.shard)
+    across = 2 * GRADIENT_BYTES * reductions * parameters / layout.shard * _others(layout.replicas)
+    return inside + across
+
+
+def _context(model: ModelFacts, settings: MemorySettings, layout: Layout, per_feature: float) -> float:
+    """One block, one micro-batch: heads are exchanged for positions, then keys and values go round the ring."""
+    shape = shape_of(model, settings.block_parameters)
+    queries = shape.heads * shape.head_width / layout.tensor
+    keys = shape.kv_heads * shape.head_width / min(layout.tensor, shape.kv_heads)
+    # q, k, v to heads and the output back; their gradients the other way.
+    exchanged = 2 * (2 * queries + 2 * keys) * _others(layout.ulysses)
+    # k and v forward; k, v and their gradients backward; each rank sends on what it has, ring - 1 times.
+    ring = layout.context // layout.ulysses
+    sent = 3 * 2 * keys * (ring - 1)
+    return per_feature * (exchanged + sent)
+
+
+def _experts(model: ModelFacts, layout: Layout, hidden: float) -> float:
+    """One block, one micro-batch: tokens to their experts and back, gradients likewise (evenly spread routing)."""
+    shape = model.shape
+    if shape is None or not shape.experts:
+        return 0.0
+    return 4 * hidden / layout.tensor * shape.experts_per_token * _others(layout.expert)
+
+
+def _pipeline(settings: MemorySettings, layout: Layout, hidden: float) -> float:
+    """Outputs to the next part and gradients to the one before, for every part of a rank in the middle."""
+    if layout.pipeline.stages == 1:
+        return 0.0
+    return 2 * settings.micro_batches * layout.pipeline.virtual * hidden / layout.tensor
