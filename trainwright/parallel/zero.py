@@ -31,7 +31,7 @@ from trainwright.parallel.sharded import Sharded, ShardedModule, run_as_forward
 
 __all__ = ["ZeroOptions", "apply_zero"]
 
-FORWARD_METHODS = ("hidden_states",)
+FORWARD_METHODS = ("hidden_states", "run_stage")
 """Methods that compute with the parameters of the root, beside `forward`."""
 
 
