@@ -193,7 +193,9 @@ class _Maker:
             else:
                 found["shard"] = root[pair]._flatten("shard")
                 # The flattened mesh made this group itself; it stands for the ranks of the shard axis from here on.
-                self.made[self._members((2, 3))] = found["shard"].get_group()
+                # Over all ranks torch takes the group that exists, which is not ours to give up.
+                if (group := found["shard"].get_group()) is not self.ranks.group:
+                    self.made[self._members((2, 3))] = group
         return found
 
     def _members(self, dims: Sequence[int]) -> Members:
