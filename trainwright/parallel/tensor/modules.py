@@ -232,12 +232,26 @@ def make_whole(module: nn.Module, divider: Divider, *, adds: bool) -> None:
         divider.replicate(module, name)
     gradient: Placement = Partial() if adds else Replicate()
     readers = {name: _reader(name, gradient) for name in names}
-    module.__class__ = _subclass(type(module), key=(names, adds), **readers)
+    module.__class__ = _subclass(type(module), _ReadsLocal, key=(names, adds), **readers)
+
+
+class _ReadsLocal(nn.Module):
+    """Its parameters read as plain tensors while it computes, and only then: FSDP2 reads attributes as well, and wants
+    the parameters themselves."""
+
+    computes = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.computes = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.computes = False
 
 
 def _reader(name: str, gradient: Placement) -> property:
-    def read(self: nn.Module) -> Tensor | None:
+    def read(self: _ReadsLocal) -> Tensor | None:
         parameter = self._parameters[name]
-        return None if parameter is None else local(parameter, gradient)
+        return local(parameter, gradient) if parameter is not None and self.computes else parameter
 
     return property(read)
