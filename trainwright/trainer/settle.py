@@ -13,10 +13,11 @@ from trainwright.base.text import human_bytes
 from trainwright.comm import ALONE, Ranks
 from trainwright.config import LoadedRecipe
 from trainwright.data import BuildProgress, BuildSpec, TokenDataset, build_spec, prepare_dataset
-from trainwright.models import ModelConfig, count_flops, count_parameters
+from trainwright.models import ModelConfig
 from trainwright.ops.attention import choose_backend
 from trainwright.ops.cpu_runtime import tune_cpu_runtime
-from trainwright.planner import DataFacts, Decision, MachineFacts, ModelFacts, Plan, resolve
+from trainwright.planner import DataFacts, Decision, MachineFacts, Plan, resolve
+from trainwright.planner.model_facts import model_facts
 from trainwright.trainer.estimate import estimate_data
 from trainwright.trainer.model_section import model_source
 from trainwright.trainer.together import first_decides
@@ -66,7 +67,7 @@ def settle(loaded: LoadedRecipe, *, build_data: bool = True, ranks: Ranks = ALON
     dataset, data = ranks.first_then_others(lambda: _data(spec, loaded, build_data))
     model_config = source.config_for(data.vocab_size, data.sequence_length)
     machine = MachineFacts(**first_decides(ranks, lambda: asdict(machine_facts(ranks))))
-    plan = resolve(recipe, machine, data, _model_facts(model_config, data.sequence_length))
+    plan = resolve(recipe, machine, data, model_facts(model_config, data.sequence_length))
     earlier = source.decisions(model_config, data.vocab_size)
     if recipe.model.attention == "auto":
         masked = dataset is not None and dataset.has_document_ids
@@ -117,6 +118,7 @@ def machine_facts(ranks: Ranks = ALONE) -> MachineFacts:
         peak=peak,
         ranks=ranks.world,
         host_bytes=host_memory_limit() // ranks.local_world if facts.kind == "cuda" else None,
+        ranks_on_host=ranks.local_world,
     )
 
 
@@ -142,13 +144,3 @@ def _attention(kind: str, length: int, documents: bool, windows: Sequence[int | 
     window = min((window for window in windows if window is not None and window < length), default=None)
     choice = choose_backend(kind, query_length=length, key_length=length, documents=documents, window=window)
     return Decision("model.attention", choice.name, choice.reason)
-
-
-def _model_facts(config: ModelConfig, sequence_length: int) -> ModelFacts:
-    return ModelFacts(
-        parameters=count_parameters(config),
-        flops_per_token=count_flops(config, sequence_length),
-        layers=config.num_layers,
-        width=config.hidden_size,
-        vocab_size=config.vocab_size,
-    )
