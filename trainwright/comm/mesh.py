@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from trainwright.base.errors import ConfigError
 from trainwright.comm.layout import Layout, PipelineLayout
@@ -76,6 +77,10 @@ class Mesh:
         for group in self.made:
             if dist.is_initialized():
                 dist.destroy_process_group(group)
+        if self.made:
+            # DTensor notes which layout each operation gives, mesh and all, and takes meshes of equal shape for one:
+            # later ones would get tensors on the groups that are gone.
+            _clear_sharding_prop_cache()
 
 
 def make_mesh(layout: Layout, ranks: Ranks) -> Mesh:
