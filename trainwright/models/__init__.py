@@ -14,8 +14,8 @@ from trainwright.models.decoder import Decoder
 from trainwright.models.exporting import save_pretrained
 from trainwright.models.gpt2 import GPT2Config
 from trainwright.models.hub import load_hub
-from trainwright.models.importing import load_config, load_pretrained
-from trainwright.models.initialise import initial_value, initialise, materialize
+from trainwright.models.importing import Pretrained, load_config, load_pretrained
+from trainwright.models.initialise import initial_value, initial_values, initialise, materialize
 from trainwright.models.llama import LlamaConfig
 from trainwright.models.moe import MoEConfig
 from trainwright.models.registry import (
@@ -38,6 +38,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "ModelPlan",
+    "Pretrained",
     "SplitLinear",
     "build_model",
     "check_vocabulary",
@@ -47,6 +48,7 @@ __all__ = [
     "count_matmul_parameters",
     "count_parameters",
     "initial_value",
+    "initial_values",
     "initialise",
     "kept_tensors",
     "load_config",

@@ -18,7 +18,7 @@ from trainwright.models.decoder import Decoder
 from trainwright.models.registry import ModelConfig, build_model, config_from_dict, family_of
 from trainwright.models.weights import kept_tensors
 
-__all__ = ["load_config", "load_pretrained", "read_json"]
+__all__ = ["Pretrained", "load_config", "load_pretrained", "read_json"]
 
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -59,21 +59,49 @@ def load_pretrained(
         ModelError: unknown architecture, unsupported feature, pickle weights, damaged file, or tensors that are
             missing, unexpected or of another shape (each named).
     """
-    folder = Path(folder)
-    config = load_config(folder)
-    files = _weight_files(folder)
-    tensors = _TensorFiles(folder, files)
-    model = build_model(config, device="meta", dtype=dtype or _stored_dtype(folder))
-    sources = _match(model, config, tensors)
+    pretrained = Pretrained(folder)
+    model = build_model(pretrained.config, device="meta", dtype=dtype or pretrained.dtype)
     model.to_empty(device=device)
     model.tie_weights()
-    weights = family_of(config).weights
     with torch.no_grad():
         for name, value in kept_tensors(model).items():
-            for part in weights.parts(config, name, value.shape):
-                place = value if part.row is None else value[part.row]
-                place.copy_(weights.from_file(config, part.name, tensors.read(sources[part.name])))
+            pretrained.read_into(name, value)
     return model.eval()
+
+
+class Pretrained:
+    """The weights of a local Hugging Face folder, checked by name and shape when it is opened and read one at a time.
+
+    Attributes:
+        config: of the model.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises ModelError as `load_pretrained` does; no weight is read yet."""
+        folder = Path(folder)
+        self.config = load_config(folder)
+        self._folder = folder
+        self._tensors = _TensorFiles(folder, _weight_files(folder))
+        self._weights = family_of(self.config).weights
+        self._sources = _match(build_model(self.config, device="meta"), self.config, self._tensors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What config.json says the weights are held in."""
+        return _stored_dtype(self._folder)
+
+    def value(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The whole parameter or kept buffer `name` of the model, on the CPU."""
+        value = torch.empty(tuple(shape), dtype=dtype)
+        self.read_into(name, value)
+        return value
+
+    def read_into(self, name: str, value: torch.Tensor) -> None:
+        """Write the whole parameter or kept buffer `name` into `value`."""
+        for part in self._weights.parts(self.config, name, value.shape):
+            place = value if part.row is None else value[part.row]
+            read = self._tensors.read(self._sources[part.name])
+            place.copy_(self._weights.from_file(self.config, part.name, read))
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -8,7 +8,7 @@ biases are zero and norms are one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from trainwright.base.seeds import derive_seed
 from trainwright.models.decoder import Decoder
 from trainwright.models.weights import kept_tensors
 
-__all__ = ["initial_value", "initialise", "materialize"]
+__all__ = ["initial_value", "initial_values", "initialise", "materialize"]
 
 _RESIDUAL_WRITERS = (
     "self_attn.o_proj.weight",
@@ -44,6 +44,11 @@ def initial_value(name: str, shape: Sequence[int], config: Any, seed: int) -> Te
         std /= math.sqrt(2 * config.num_layers)
     generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
+
+
+def initial_values(config: Any, seed: int) -> Callable[[str, Sequence[int], torch.dtype], Tensor]:
+    """`initial_value` of every name in any type: what a divided model on the meta device is given its weights by."""
+    return lambda name, shape, dtype: initial_value(name, shape, config, seed).to(dtype)
 
 
 @torch.no_grad()
