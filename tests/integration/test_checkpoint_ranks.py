@@ -359,11 +359,9 @@ def open_and_close(ranks: Ranks, folder: str) -> tuple[int, int]:
 def test_ranks_that_do_not_have_one_state_are_refused_by_name(tmp_path: Path) -> None:
     results = run(save_different_states, 2, tmp_path / "checkpoints")
     assert results[0] == results[1]
-    structure, layout, unsavable, step, values, lost_lock = results[0]
-    assert "only on rank 1 on " in structure
-    assert "model/extra: tensor" in structure
-    assert "only on rank 0 on " in structure
-    assert "data/more: value" in structure
+    value, kind, layout, unsavable, step, values, lost_lock = results[0]
+    assert "data/index is 0 on rank 0, 1 on rank 1" in value
+    assert "model/plain.1 is a tensor on rank 0, 3 on rank 1" in kind
     assert "rank 0 has float32 [50, 10], rank 1 has float64 [50, 10]" in layout
     assert "rank 1 on " in unsavable
     assert "data/hook" in unsavable
@@ -379,14 +377,16 @@ def test_a_rank_that_wants_something_else_stops_all_before_anything_is_read(tmp_
     assert messages[0] == messages[1]
     for message in messages[0]:
         assert "rank 1 on " in message
-        assert "rank 0 on " not in message
         assert "model/plain.0: the checkpoint has float32 [50, 10], wanted float32 [50, 11]" in message
         assert "model/more: the checkpoint has nothing of this name, wanted float32 [1]" in message
-        assert "model/plain.1: the checkpoint has float32 [50, 11], wanted nothing of this name" in message
+        # Rank 0 wants plain.1; plain.2 is wanted by nobody.
+        assert "model/plain.1" not in message
+        assert "model/plain.2: the checkpoint has float32 [50, 12], wanted nothing of this name" in message
 
 
 def load_something_else(ranks: Ranks, folder: str) -> list[str]:
     like = state_of(ranks, 0)
+    del like["model"]["plain.2"]
     if ranks.rank == 1:
         like["model"] |= {"plain.0": torch.ones(50, 11), "more": torch.ones(1)}
         del like["model"]["plain.1"]
@@ -416,9 +416,12 @@ def save_different_states(ranks: Ranks, folder: str) -> list[Any]:
     with Checkpointer(Path(folder) / "saves", ranks=ranks, lock=lock) as checkpointer:
         state = state_of(ranks, 5)
         if ranks.rank == 1:
-            state["model"]["extra"] = torch.ones(2)
-        else:
-            state["data"]["more"] = 3
+            state["model"]["extra"] = torch.ones(2)  # names may differ, but what both have must be the same
+        state["data"]["index"] = ranks.rank
+        failing(lambda: checkpointer.save(5, state, required=True))
+        state = state_of(ranks, 5)
+        if ranks.rank == 1:
+            state["model"]["plain.1"] = 3
         failing(lambda: checkpointer.save(5, state, required=True))
         state = state_of(ranks, 5)
         if ranks.rank == 1:
@@ -430,7 +433,7 @@ def save_different_states(ranks: Ranks, folder: str) -> list[Any]:
         failing(lambda: checkpointer.save(5, state, required=True))
         failing(lambda: checkpointer.save(6 + ranks.rank, state_of(ranks, 6), required=True))
         state = state_of(ranks, 7)
-        state["data"]["index"] = ranks.rank  # values may differ: those of rank 0 are saved
+        state["data"]["index"] = ranks.rank  # of states with the same names the values of rank 0 are saved
         checkpointer.save(7, state, required=True)
         loaded = checkpointer.load_latest(like=state)
         assert loaded is not None

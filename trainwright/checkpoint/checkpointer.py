@@ -25,7 +25,7 @@ from trainwright.checkpoint.retention import apply_retention, collect_litter, se
 from trainwright.checkpoint.saving import Saved, write_together
 from trainwright.checkpoint.snapshot import HostSnapshot
 from trainwright.checkpoint.tensors import Piece
-from trainwright.checkpoint.tree import Json, Leaves, leaves_of, plain_tree, with_names
+from trainwright.checkpoint.tree import Json, Leaves, leaves_of, plain_tree
 from trainwright.checkpoint.validation import step_of
 from trainwright.comm import ALONE, Ranks
 
@@ -188,7 +188,7 @@ class Checkpointer:
         except CheckpointError as caught:
             error = error or caught
         plan = self._planner.plan(step, error or leaves)
-        tree = with_names(leaves.tree, plan.names) if self._ranks.is_first else {}
+        tree = self._planner.tree(plan, leaves)
         return _Job(step, tree, plain_meta, pieces_of(leaves.tensors, plan), plan.bytes_needed)
 
     def _with_copies(self, job: _Job) -> _Job:

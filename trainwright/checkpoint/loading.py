@@ -7,7 +7,7 @@ it: whatever wrote it, each rank asks for the boxes of its own tensors.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint.agreement import failure_of
 from trainwright.checkpoint.discovery import all_refused, report_refused, step_folders
 from trainwright.checkpoint.manifest import Manifest, encode_manifest
+from trainwright.checkpoint.merge import pruned
 from trainwright.checkpoint.reader import CheckpointReader
 from trainwright.checkpoint.sharding import boxes_of, is_sharded, like_sharded, local_part
 from trainwright.checkpoint.storage import hash_bytes
 from trainwright.checkpoint.tensors import dtype_name
-from trainwright.checkpoint.tree import Leaves, leaves_of, tensor_paths
+from trainwright.checkpoint.tree import Json, Leaves, leaves_of, tensor_paths
 from trainwright.comm import ALONE, Ranks
 from trainwright.comm.boxes import Box
 
@@ -48,9 +49,10 @@ def load_checkpoint(
 
     Args:
         like: a state with the tensors that are wanted. Names, dtypes and shapes are compared before a byte is read; no
-            value is ever cast or dropped silently. Where it has a DTensor, only this rank's part is read, and a
-            DTensor of the same mesh and placements comes back (its local part on the host); where it has a plain
-            tensor, the whole. Without it every tensor comes whole.
+            value is ever cast or dropped silently. Ranks may want different names (stages of a pipeline do), if
+            together they want all: each then gets the places of its own `like`. Where it has a DTensor, only this
+            rank's part is read, and a DTensor of the same mesh and placements comes back (its local part on the host);
+            where it has a plain tensor, the whole. Without it every tensor comes whole.
         ranks: all of them call this, and all succeed or fail together.
 
     Raises:
@@ -128,6 +130,7 @@ class _Together:
         self._ranks = ranks
         self._reader: CheckpointReader | None = None
         self._wanted: dict[str, torch.Tensor] | None = None
+        self._tree: Json = None
         self.state: dict[str, Any] = {}
         self.meta: dict[str, Any] = {}
 
@@ -153,13 +156,29 @@ class _Together:
         return error
 
     def compare(self, like: Mapping[str, Any] | None) -> Exception | None:
-        """Does it hold what is wanted?"""
+        """Does it hold what is wanted, and do all ranks together want what it holds?"""
         assert self._reader is not None
+        manifest, leaves, error = self._reader.manifest, None, None
         try:
-            if like is not None:
-                self._wanted = check_same_tensors(self._reader.manifest, like, self._path)
-        except Exception as error:
+            leaves = leaves_of(like) if like is not None else None
+        except Exception as caught:  # the other ranks wait below
+            error = caught
+        stored = tensor_paths(manifest.state)
+        unwanted = [] if leaves is None else [place for place in stored if place not in leaves.tensors]
+        nowhere = set(unwanted)
+        if self._ranks.world > 1:
+            wants = torch.tensor([leaves is None or place in leaves.tensors for place in stored], dtype=torch.int32)
+            nowhere = {
+                place for place, ranks in zip(stored, self._ranks.sum_(wants).tolist(), strict=True) if not ranks
+            }
+        if error is not None or leaves is None:
             return error
+        try:
+            self._wanted = check_same_tensors(manifest, leaves, self._path, nowhere)
+        except Exception as caught:
+            return caught
+        if unwanted:  # other ranks have asked for them
+            self._tree = pruned(manifest.state, like)
         return None
 
     def read(self) -> Exception | None:
@@ -173,9 +192,8 @@ class _Together:
                 parts = {name: _part(tensor, name) for name, tensor in self._wanted.items()}
                 mine = sorted(reader.manifest.files)[ranks.rank :: ranks.world]
                 tensors = reader.read_parts(parts, padding_of=mine)
-                self.state = reader.state_with(
-                    {name: _placed(self._wanted[name], tensor) for name, tensor in tensors.items()}
-                )
+                placed = {name: _placed(self._wanted[name], tensor) for name, tensor in tensors.items()}
+                self.state = reader.state_with(placed, self._tree)
             self.meta = reader.meta
         except Exception as error:
             return error
@@ -193,23 +211,29 @@ def _placed(like: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
 # --- is it what is wanted? --------------------------------------------------------------------------------------------
 
 
-def check_same_tensors(manifest: Manifest, like: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
+def check_same_tensors(
+    manifest: Manifest, leaves: Leaves, path: Path, unwanted: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
     """Compare what a checkpoint holds with what is wanted: names, dtypes and shapes, all differences at once.
+
+    Args:
+        leaves: of this rank's `like`.
+        unwanted: places of the checkpoint that no rank wants.
 
     Returns stored name -> the tensor of `like` that stands in its place.
 
     Raises:
         CheckpointError: they differ.
     """
-    leaves = leaves_of(like)
     stored = tensor_paths(manifest.state)
     wanted = {place: (dtype_name(tensor, place), tuple(tensor.shape)) for place, tensor in leaves.tensors.items()}
     held = {place: (manifest.tensors[name].dtype, manifest.tensors[name].shape) for place, name in stored.items()}
     lines = []
-    for place in sorted(wanted.keys() | held.keys()):
+    for place in sorted(wanted.keys() | unwanted):
         if wanted.get(place) != held.get(place):
             lines.append(f"  {place}: the checkpoint has {_shown(held.get(place))}, wanted {_shown(wanted.get(place))}")
-    lines = lines or _differently_shared(stored, leaves)
+    mine = {place: name for place, name in stored.items() if place in wanted}
+    lines = lines or _differently_shared(mine, leaves)
     if lines:
         more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         raise CheckpointError(
@@ -217,7 +241,7 @@ def check_same_tensors(manifest: Manifest, like: Mapping[str, Any], path: Path) 
             hint="resume with the model and optimizer that the run began with, or start a new run",
         )
     chosen: dict[str, torch.Tensor] = {}
-    for place, name in stored.items():
+    for place, name in mine.items():
         chosen.setdefault(name, leaves.tensors[place])
     return chosen
 

@@ -1,7 +1,8 @@
 """Who writes what: every box of every tensor exactly once, and equal bytes for all ranks as far as that goes.
 
-Every rank says which boxes of which tensors it holds; rank 0 gives each box to one of its holders. The outcome depends
-on layouts only, so it is made once and used for every save until a layout changes.
+Every rank says which boxes of which tensors it holds; rank 0 gives each box to one of its holders. Ranks need not hold
+the same tensors (stages of a pipeline do not): what is saved is the union. The outcome depends on layouts only, so it
+is made once and used for every save until a layout changes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint.agreement import Agreement, failure_of
 from trainwright.checkpoint.manifest import DTYPE_BYTES
+from trainwright.checkpoint.merge import merged
 from trainwright.checkpoint.sharding import boxes_of, local_part
 from trainwright.checkpoint.storage import hash_bytes
 from trainwright.checkpoint.tensors import Piece, dtype_name
-from trainwright.checkpoint.tree import Json, Leaves, structure_of
+from trainwright.checkpoint.tree import Json, Leaves, structure_of, with_names
 from trainwright.comm.boxes import narrow
 
 __all__ = ["Plan", "Planner", "pieces_of", "plan_writes"]
@@ -38,11 +40,14 @@ class Plan:
         names: path -> the name under which a tensor is stored, for those that share memory with an earlier one.
         parts: what this rank writes, in the order of the state.
         bytes_needed: of all ranks together, with padding and manifest.
+        speakers: the first rank of each different form of the state: together they know all of its values that are no
+            tensors. Rank 0 alone, where all ranks hold the same names.
     """
 
     names: dict[str, str]
     parts: list[Part]
     bytes_needed: int
+    speakers: tuple[int, ...] = (0,)
 
 
 def pieces_of(tensors: Mapping[str, torch.Tensor], plan: Plan) -> list[Piece]:
@@ -96,6 +101,28 @@ class Planner:
         assert self._plan is not None
         return self._plan
 
+    def tree(self, plan: Plan, state: Leaves) -> Json:
+        """On rank 0 the tree of the whole state, as it goes into the manifest. All ranks call it, after `plan`.
+
+        Raises:
+            CheckpointError: on all ranks: values that several ranks hold are not the same.
+        """
+        if len(plan.speakers) == 1:
+            return with_names(state.tree, plan.names) if self._agreement.leads else {}
+        agreement = self._agreement
+        speaks = agreement.ranks.rank in plan.speakers
+        reports = agreement.collect({"failure": None, "tree": state.tree if speaks else None})
+        tree, failure = {}, None
+        if agreement.leads:
+            failure = agreement.first_failures(reports)
+            try:
+                if not failure:
+                    tree = merged({rank: reports[rank]["tree"] for rank in plan.speakers})
+            except CheckpointError as error:
+                failure = failure_of(error)
+        agreement.raise_for(agreement.announce(failure))
+        return with_names(tree, plan.names)
+
     def _other_steps(self, reports: Sequence[Json]) -> Json:
         steps = [report["step"] for report in reports]
         if len(set(steps)) == 1:
@@ -111,9 +138,9 @@ class Planner:
             failure = agreement.first_failures(reports)
             try:
                 if not failure:
-                    _check_same_structure([report["structure"] for report in reports], agreement)
                     names, parts, size = plan_writes([report["layout"] for report in reports])
-                    answers = [{"failure": None, "names": names, "parts": part, "bytes_needed": size} for part in parts]
+                    common = {"failure": None, "names": names, "bytes_needed": size, "speakers": _speakers(reports)}
+                    answers = [{**common, "parts": part} for part in parts]
             except CheckpointError as error:
                 failure = failure_of(error)
             if failure:
@@ -121,7 +148,7 @@ class Planner:
         answer = agreement.deal(answers)
         agreement.raise_for(answer["failure"])
         mine_to_write = [(path, index) for path, index in answer["parts"]]
-        return Plan(answer["names"], mine_to_write, answer["bytes_needed"])
+        return Plan(answer["names"], mine_to_write, answer["bytes_needed"], tuple(answer["speakers"]))
 
 
 def _layout(state: Leaves) -> list[Json]:
@@ -133,28 +160,19 @@ def _layout(state: Leaves) -> list[Json]:
     return rows
 
 
-def _check_same_structure(structures: Sequence[list[str]], agreement: Agreement) -> None:
-    """The values of rank 0 are saved, so every rank must have the same places for them."""
-    first = set(structures[0])
-    for rank, lines in enumerate(structures):
-        if lines == structures[0]:
-            continue
-        here = set(lines)
-        odd = [f"  only on {agreement.name(0)}: {line}" for line in structures[0] if line not in here]
-        odd += [f"  only on {agreement.name(rank)}: {line}" for line in lines if line not in first]
-        odd = odd or ["  the same names in another order"]
-        more = [f"  and {len(odd) - SHOWN} more"] if len(odd) > SHOWN else []
-        raise CheckpointError(
-            "\n".join(["the ranks do not have the same state to save:", *odd[:SHOWN], *more]),
-            hint="every rank passes a state of the same names; what only one rank has stands in it on all, as None",
-        )
+def _speakers(reports: Sequence[Json]) -> list[int]:
+    """The first rank of each different structure."""
+    first: dict[str, int] = {}
+    for rank, report in enumerate(reports):
+        first.setdefault("\n".join(report["structure"]), rank)
+    return list(first.values())
 
 
 def plan_writes(layouts: Sequence[list[Json]]) -> tuple[dict[str, str], list[list[Part]], int]:
     """Who writes what, from the layouts of all ranks: (names, parts by rank, bytes needed). Pure.
 
     Boxes that one rank alone holds are written there; one that several hold goes to the one with the fewest bytes so
-    far, the largest first.
+    far, the largest first. A tensor may be known to some ranks only.
 
     Raises:
         CheckpointError: the ranks differ in a tensor's dtype or shape, or their parts do not make up the whole.
@@ -165,13 +183,16 @@ def plan_writes(layouts: Sequence[list[Json]]) -> tuple[dict[str, str], list[lis
     chosen: list[set[Part]] = [set() for _ in layouts]
     shared: list[tuple[int, str, list[tuple[int, int]]]] = []
     total = 1 << 20
-    for path, dtype, shape, _, _ in layouts[0]:
+    known = {path: (rank, row) for rank, table in reversed(list(enumerate(tables))) for path, row in table.items()}
+    order = {path: position for position, path in enumerate(_in_order(tables))}
+    for path in order:
         if path in names:
             continue
+        rank, (_, dtype, shape, _, _) = known[path]
         size = DTYPE_BYTES[dtype]
         total += math.prod(shape) * size
         if not math.prod(shape):
-            chosen[0].add((path, -1))
+            chosen[rank].add((path, -1))
         for extent, holders in _holders(path, tables).items():
             count = math.prod(extent[1]) * size
             total += 5120  # padding, and a kilobyte of manifest, which is three times what one chunk takes
@@ -185,15 +206,19 @@ def plan_writes(layouts: Sequence[list[Json]]) -> tuple[dict[str, str], list[lis
         rank, index = min(holders, key=lambda holder: load[holder[0]])
         chosen[rank].add((path, index))
         load[rank] += count
-    order = {row[0]: position for position, row in enumerate(layouts[0])}
     return names, [sorted(parts, key=lambda part: (order[part[0]], part[1])) for parts in chosen], total
+
+
+def _in_order(tables: Sequence[Mapping[str, Json]]) -> list[str]:
+    """The paths of all ranks together, each once, in the order of the first rank that has it."""
+    return list(dict.fromkeys(path for table in tables for path in table))
 
 
 def _shared_names(tables: Sequence[Mapping[str, Json]]) -> dict[str, str]:
     """path -> first path with the same memory, where every rank that can tell says so."""
     names = {}
-    for path in tables[0]:
-        told = {table[path][4] for table in tables} - {None}
+    for path in _in_order(tables):
+        told = {table[path][4] for table in tables if path in table} - {None}
         if len(told) == 1 and (first := told.pop()) != path:
             names[path] = first
     # A name is kept only if the tensor it points to is stored itself.
@@ -202,13 +227,13 @@ def _shared_names(tables: Sequence[Mapping[str, Json]]) -> dict[str, str]:
 
 def _holders(path: str, tables: Sequence[Mapping[str, Json]]) -> dict[tuple[Json, Json], list[tuple[int, int]]]:
     """(offset, shape) of a box -> the (rank, index) that hold it; checked to make up the whole tensor."""
-    _, dtype, shape, _, _ = tables[0][path]
+    having = [(rank, table[path]) for rank, table in enumerate(tables) if path in table]
+    first, (_, dtype, shape, _, _) = having[0]
     holders: dict[tuple[Json, Json], list[tuple[int, int]]] = {}
-    for rank, table in enumerate(tables):
-        _, other_dtype, other_shape, boxes, _ = table[path]
+    for rank, (_, other_dtype, other_shape, boxes, _) in having:
         if (other_dtype, other_shape) != (dtype, shape):
             raise CheckpointError(
-                f"tensor {path!r}: rank 0 has {dtype} {shape}, rank {rank} has {other_dtype} {other_shape}",
+                f"tensor {path!r}: rank {first} has {dtype} {shape}, rank {rank} has {other_dtype} {other_shape}",
                 hint="a tensor that differs between ranks is saved under a name of its own for each rank",
             )
         for index, (offset, extent) in enumerate(boxes):
@@ -216,7 +241,8 @@ def _holders(path: str, tables: Sequence[Mapping[str, Json]]) -> dict[tuple[Json
     held = sum(math.prod(extent) for _, extent in holders)
     if held != math.prod(shape):
         shown = "; ".join(f"{list(e)} at {list(o)} on rank {h[0][0]}" for (o, e), h in list(holders.items())[:SHOWN])
+        ranks = f"{len(having)} of {len(tables)} ranks" if len(having) < len(tables) else "the ranks"
         raise CheckpointError(
-            f"tensor {path!r} of shape {shape}: the parts of the ranks do not make up the whole: {shown}"
+            f"tensor {path!r} of shape {shape}: the parts of {ranks} do not make up the whole: {shown}"
         )
     return holders

@@ -20,7 +20,7 @@ from trainwright.base.faults import fault_point
 from trainwright.checkpoint import storage
 from trainwright.checkpoint.manifest import MANIFEST_NAME, ChunkEntry, Manifest, TensorEntry
 from trainwright.checkpoint.tensors import byte_view, torch_dtype
-from trainwright.checkpoint.tree import unflatten
+from trainwright.checkpoint.tree import Json, unflatten
 from trainwright.checkpoint.validation import file_problems, read_manifest, refusal
 from trainwright.comm.boxes import Box, narrow
 
@@ -78,10 +78,10 @@ class CheckpointReader:
         tensors = self.read_parts({name: _whole(entry.shape) for name, entry in self.manifest.tensors.items()})
         return self.state_with(tensors)
 
-    def state_with(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """The saved state with these tensors, by name, in their places."""
+    def state_with(self, tensors: Mapping[str, Any], tree: Json = None) -> dict[str, Any]:
+        """The saved state, or a part of its tree, with these tensors, by name, in their places."""
         with self._naming_path():
-            return unflatten(self.manifest.state, tensors)
+            return unflatten(self.manifest.state if tree is None else tree, tensors)
 
     def read_box(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """The box of a global tensor that begins at `offset`; reads only the chunks that overlap it.

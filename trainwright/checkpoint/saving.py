@@ -15,7 +15,7 @@ from trainwright.base.faults import fault_point
 from trainwright.checkpoint.agreement import Agreement, failure_of
 from trainwright.checkpoint.plan import Planner, pieces_of
 from trainwright.checkpoint.tensors import Piece
-from trainwright.checkpoint.tree import Json, leaves_of, plain_tree, with_names
+from trainwright.checkpoint.tree import Json, leaves_of, plain_tree
 from trainwright.checkpoint.writer import Attempt, Fence, RankFiles, write_pieces
 from trainwright.comm import ALONE, Ranks
 
@@ -55,8 +55,9 @@ def save_checkpoint(
     """
     agreement = Agreement(ranks)
     leaves = leaves_of(state)
-    plan = Planner(agreement).plan(step, leaves)
-    tree = with_names(leaves.tree, plan.names)
+    planner = Planner(agreement)
+    plan = planner.plan(step, leaves)
+    tree = planner.tree(plan, leaves)
     pieces = pieces_of(leaves.tensors, plan)
     return write_together(
         agreement, Path(root), step, tree, plain_tree(meta or {}), pieces, plan.bytes_needed, fence=fence
