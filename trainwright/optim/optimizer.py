@@ -18,7 +18,7 @@ from trainwright.base.protocols import StateDict
 from trainwright.optim.algorithm import Algorithm, Group, Item, ParameterState
 from trainwright.optim.halves import HALVES, follow_weights, initial_state, open_weights, write_back
 from trainwright.optim.shard import local_gradient, local_part, shard_of
-from trainwright.optim.state import loadable, present, refuse_other_names
+from trainwright.optim.state import loadable, present, refuse_other_names, settings_of
 
 __all__ = ["GroupedOptimizer"]
 
@@ -162,22 +162,21 @@ class GroupedOptimizer(torch.optim.Optimizer):
             follow_weights(local_part(parameter), self.state.get(parameter, {}))
 
     def state_dict(self) -> StateDict:
-        """`{"parameters": {name: {key: tensor}}, "groups": [{"algorithm", "lr", "names"}], "steps"}`.
+        """`{"parameters": {name: {key: tensor}}, "settings": {name: {"algorithm", "lr"}}, "steps"}`.
 
-        Nothing is copied. State of sharded parameters is a DTensor of the same placement (no communication), all other
+        Nothing is copied. State of divided parameters is a DTensor of the same placement (no communication), all other
         is plain and equal on all ranks. Every trained parameter has its state there, made now where it never had a
-        gradient: the form of the dict depends on the model and the options only.
+        gradient: the form of the dict depends on the model and the options only. What belongs to a parameter stands
+        under its name, so that the states of ranks with different parameters (pipeline stages) join to that of all.
         """
         self.materialise_state()
         parameters: StateDict = {}
+        settings: StateDict = {}
         for group, name, parameter in self._named():
             algorithm = self.algorithms[group["algorithm"]]
             parameters[name] = present(self.state[parameter], shard_of(parameter), algorithm)
-        groups = [
-            {"algorithm": group["algorithm"], "lr": float(group["lr"]), "names": list(group["param_names"])}
-            for group in self.param_groups
-        ]
-        return {"parameters": parameters, "groups": groups, "steps": self.steps}
+            settings[name] = {"algorithm": group["algorithm"], "lr": float(group["lr"])}
+        return {"parameters": parameters, "settings": settings, "steps": self.steps}
 
     @torch.no_grad()
     def load_state_dict(self, state: StateDict) -> None:
@@ -187,13 +186,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
         as this optimizer was built with. Raises CheckpointError, before anything is changed, when the parameters,
         their shapes, types or algorithms differ.
         """
-        algorithm_of = {name: group["algorithm"] for group in state["groups"] for name in group["names"]}
-        refuse_other_names(set(algorithm_of), {name for _, name, _ in self._named()})
+        mine = {name for _, name, _ in self._named()}
+        settings = settings_of(state, mine)
+        refuse_other_names(set(settings), mine)
         loaded: dict[str, ParameterState] = {}
         for group, name, parameter in self._named():
-            if algorithm_of[name] != group["algorithm"]:
+            made_by = settings[name]["algorithm"]
+            if made_by != group["algorithm"]:
                 raise CheckpointError(
-                    f"optimizer state of {name} was made by {algorithm_of[name]}, this run uses {group['algorithm']}",
+                    f"optimizer state of {name} was made by {made_by}, this run uses {group['algorithm']}",
                     hint="keep optim.name of the saved run, or start from its weights only",
                 )
             saved = state["parameters"].get(name)
@@ -208,12 +209,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
             if name not in loaded:  # never updated, by a version that then saved nothing
                 self.state.pop(parameter, None)
                 continue
-            mine = self._state_of(parameter, local_part(parameter), group, self.algorithms[group["algorithm"]])
+            own = self._state_of(parameter, local_part(parameter), group, self.algorithms[group["algorithm"]])
             for key, tensor in loaded[name].items():
-                mine[key].copy_(tensor)
-        lr_of = {name: group["lr"] for group in state["groups"] for name in group["names"]}
+                own[key].copy_(tensor)
         for group in self.param_groups:
-            group["lr"] = lr_of[group["param_names"][0]]
+            group["lr"] = settings[group["param_names"][0]]["lr"]
         self.steps = int(state.get("steps", 0))
 
     def _named(self) -> Iterator[tuple[Group, str, Tensor]]:

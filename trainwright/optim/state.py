@@ -10,7 +10,7 @@ from trainwright.base.errors import CheckpointError
 from trainwright.optim.algorithm import Algorithm, ParameterState
 from trainwright.optim.shard import Shard
 
-__all__ = ["loadable", "present", "refuse_other_names"]
+__all__ = ["loadable", "present", "refuse_other_names", "settings_of"]
 
 
 def present(state: ParameterState, shard: Shard | None, algorithm: Algorithm) -> dict[str, Tensor]:
@@ -53,6 +53,22 @@ def loadable(
             )
         found[key] = value if placed is None else placed.unwrap(value, f"optimizer state {key} of {name}")
     return found
+
+
+def settings_of(state: dict[str, Any], mine: set[str]) -> dict[str, dict[str, Any]]:
+    """Algorithm and learning rate of every parameter of an optimizer's state dict, by name.
+
+    Versions before pipelines saved them by group, with the names of all parameters. Of those only `mine` and such that
+    have a state here are meant: a rank of a pipeline gets the tensors of its own parameters alone.
+    """
+    if "groups" not in state:
+        return dict(state["settings"])
+    return {
+        name: {"algorithm": group["algorithm"], "lr": group["lr"]}
+        for group in state["groups"]
+        for name in group["names"]
+        if name in mine or name in state["parameters"]
+    }
 
 
 def refuse_other_names(saved: set[str], mine: set[str]) -> None:

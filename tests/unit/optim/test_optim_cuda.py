@@ -74,7 +74,7 @@ def test_resume_is_bitwise(name: str, dtype: torch.dtype) -> None:
     resumed = build_optimizer(second.named_parameters(), options)
     saved = optimizer.state_dict()
     on_disk = {p: {key: t.cpu() for key, t in state.items()} for p, state in saved["parameters"].items()}
-    resumed.load_state_dict({"parameters": on_disk, "groups": saved["groups"]})
+    resumed.load_state_dict({"parameters": on_disk, "settings": saved["settings"]})
     for step in range(4, 8):
         set_grads(second, step)
         resumed.step()

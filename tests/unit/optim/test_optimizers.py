@@ -212,7 +212,7 @@ def test_resume_is_bitwise_through_files(name: str, dtype: torch.dtype, tmp_path
     saved = optimizer.state_dict()
     flat = {f"{p}|{key}": t.clone() for p, state in saved["parameters"].items() for key, t in state.items()}
     save_file(flat, tmp_path / "state.safetensors")
-    (tmp_path / "groups.json").write_text(json.dumps(saved["groups"]), encoding="utf-8")
+    (tmp_path / "settings.json").write_text(json.dumps(saved["settings"]), encoding="utf-8")
 
     second = Small().to(dtype)
     second.load_state_dict(first.state_dict())
@@ -221,10 +221,35 @@ def test_resume_is_bitwise_through_files(name: str, dtype: torch.dtype, tmp_path
     for key, tensor in load_file(tmp_path / "state.safetensors").items():
         parameter, _, entry = key.partition("|")
         parameters[parameter][entry] = tensor
-    groups = json.loads((tmp_path / "groups.json").read_text(encoding="utf-8"))
-    resumed.load_state_dict({"parameters": parameters, "groups": groups})
+    settings = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
+    resumed.load_state_dict({"parameters": parameters, "settings": settings})
     train(second, resumed, range(6, 12))
     assert_same(undisturbed, second)
+
+
+def test_states_of_versions_that_saved_groups_are_loaded() -> None:
+    first = small()
+    optimizer = build_optimizer(first.named_parameters(), options("adamw"))
+    train(first, optimizer, range(3))
+    new = optimizer.state_dict()
+    groups = [
+        {"algorithm": "adamw", "lr": 0.25 + i, "names": list(group["param_names"])}
+        for i, group in enumerate(optimizer.param_groups)
+    ]
+    old = {"parameters": new["parameters"], "groups": groups, "steps": 3}
+    resumed = build_optimizer(small().named_parameters(), options("adamw"))
+    resumed.load_state_dict(old)
+    assert [group["lr"] for group in resumed.param_groups] == [0.25 + i for i in range(len(groups))]
+    assert resumed.steps == 3
+    # A rank of a pipeline has some of the parameters, and gets their state alone, but the groups of all.
+    some = dict(list(small().named_parameters())[:2])
+    part = build_optimizer(some.items(), options("adamw"))
+    part.load_state_dict({**old, "parameters": {name: new["parameters"][name] for name in some}})
+    assert all(torch.equal(part.state[p]["exp_avg"], new["parameters"][name]["exp_avg"]) for name, p in some.items())
+    with pytest.raises(CheckpointError, match="1 missing from the checkpoint"):
+        build_optimizer([*some.items(), ("w", nn.Parameter(torch.ones(2)))], options("adamw")).load_state_dict(old)
+    with pytest.raises(CheckpointError, match="not trained by this run"):
+        part.load_state_dict(old)
 
 
 @pytest.mark.parametrize("name", NAMES)
