@@ -88,7 +88,7 @@ def load_engine_config(
 
 def _looks_like_deepspeed(value: Mapping[str, Any]) -> bool:
     """Whether keys that neither language has are nearer to DeepSpeed's."""
-    names = list(EngineConfig.model_fields)
+    names = [*EngineConfig.model_fields, *EngineConfig.elsewhere]
     return any(did_you_mean(str(key), DEEPSPEED) and not did_you_mean(str(key), names) for key in value)
 
 
@@ -208,7 +208,8 @@ def _load_deepspeed(given: _Given, world: int) -> LoadedEngineConfig:
             problems += _in_their_words(found, given, error)
     batch = [found.get(key) for key in BATCH_KEYS]
     try:
-        settled = _with_batch(config or EngineConfig(), batch[0], batch[1], batch[2], world, BATCH_KEYS)
+        ranks = world if config is not None else found.row_ranks
+        settled = _with_batch(config or EngineConfig(), batch[0], batch[1], batch[2], ranks, BATCH_KEYS)
         config = settled if config is not None else None
     except ConfigError as error:
         if not any(problem.key in BATCH_KEYS for problem in problems):

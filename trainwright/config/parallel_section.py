@@ -7,7 +7,7 @@ arXiv 2309.14509; ring attention, arXiv 2310.01889.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator
 from pydantic_core import PydanticCustomError
@@ -24,6 +24,23 @@ Stage: TypeAlias = Literal["auto", 0, 1, 2, 3]
 
 class ParallelSection(Section):
     """How the state of training, the model, the sequence and the experts are spread over the ranks."""
+
+    elsewhere: ClassVar[dict[str, str]] = {
+        name: f"Megatron-LM or DeepSpeed; here it is {ours}"
+        for name, ours in (
+            ("tensor_model_parallel_size", "parallel.tensor"),
+            ("tp_size", "parallel.tensor"),
+            ("autotp_size", "parallel.tensor"),
+            ("sequence_parallel", "part of parallel.tensor"),
+            ("pipeline_model_parallel_size", "parallel.pipeline.stages"),
+            ("virtual_pipeline_model_parallel_size", "parallel.pipeline.virtual"),
+            ("context_parallel_size", "parallel.context"),
+            ("sequence_parallel_size", "parallel.context with parallel.ulysses as large"),
+            ("expert_model_parallel_size", "parallel.expert"),
+            ("expert_parallel", "parallel.expert"),
+            ("ep_size", "parallel.expert"),
+        )
+    }
 
     zero: Annotated[Stage, Words(("auto", 0, 1, 2, 3))] = "auto"
     """What is sharded: 0 nothing; 1 optimizer state; 2 gradients too; 3 parameters too; auto by the memory."""

@@ -387,7 +387,7 @@ def test_sections_that_are_off_say_so() -> None:
     said = notes(result)
     assert said["data_efficiency.data_routing.random_ltd.enabled"] == "no effect: data_efficiency.enabled is false"
     assert said["elasticity.max_train_batch_size"] == "no effect: elasticity.enabled is false"
-    assert said["tensor_parallel.tp.tp_size"].startswith("no effect: tensor parallelism: 1 asks for none")
+    assert said["tensor_parallel.tp.tp_size"] == "no effect: 1 divides nothing"
     assert said["tensorboard.enabled"].startswith("no effect: the engine prints and logs nothing")
     assert said["zero_optimization"] == "no effect: nothing is in it"
 
@@ -395,7 +395,7 @@ def test_sections_that_are_off_say_so() -> None:
 def test_all_problems_come_at_once() -> None:
     message = problems(
         zero_optimization={"stag": 2, "zero_quantized_weights": True},
-        tensor_parallel={"autotp_size": 4},
+        graph_harvesting=True,
         optimizer={"type": "OneBitLamb"},
         train_micro_batch_size_per_gpu=3,
     )

@@ -55,7 +55,8 @@ class Import:
 
     Attributes:
         name: what messages call the configuration.
-        world: ranks that train.
+        world: ranks that train. state_ranks: of them, those that hold the same part of the model.
+            row_ranks: those with rows of their own.
         values: path -> value of each key that maps; a key that is not given is not there.
         result: what becomes the EngineConfig.
         origins: dotted key of Trainwright's -> the DeepSpeed key that it came from.
@@ -73,8 +74,11 @@ class Import:
     types: dict[str, Choice | None] = field(default_factory=dict)
     """Path of a section whose `type` decides its keys -> the choice made; None when there is no type."""
     answered: set[str] = field(default_factory=set)
+    state_ranks: int = 0
+    row_ranks: int = 0
 
     def __post_init__(self) -> None:
+        self.state_ranks = self.row_ranks = self.world
         self.defaults |= {path: entry.default for path, entry, _ in entries(self.tables) if isinstance(entry, Maps)}
 
     # Reading: from the configuration to values, notes and problems.

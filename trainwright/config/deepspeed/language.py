@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainwright.config.deepspeed import numbers, optimizer, run, scheduler, zero
+from trainwright.config.deepspeed import numbers, optimizer, parallel, run, scheduler, zero
 from trainwright.config.deepspeed.features import FEATURES
 from trainwright.config.deepspeed.importing import Import
 from trainwright.config.deepspeed.numbers import NUMBERS
 from trainwright.config.deepspeed.optimizer import OPTIMIZER
+from trainwright.config.deepspeed.parallel import PARALLEL
 from trainwright.config.deepspeed.run import RUN
 from trainwright.config.deepspeed.scheduler import SCHEDULER
 from trainwright.config.deepspeed.tables import Block, Entry
@@ -19,6 +20,7 @@ __all__ = ["DEEPSPEED", "import_deepspeed"]
 
 DEEPSPEED: dict[str, Entry] = {
     **RUN,
+    **PARALLEL,
     "optimizer": OPTIMIZER,
     "scheduler": SCHEDULER,
     "zero_optimization": Block(ZERO),
@@ -26,7 +28,8 @@ DEEPSPEED: dict[str, Entry] = {
     **NUMBERS,
     **FEATURES,
 }
-"""Every key that DeepSpeed reads, of 0.19.8 and of the versions before, with what becomes of it."""
+"""Every key that DeepSpeed reads, of 0.19.8 and of the versions before, with what becomes of it; and sizes of expert
+parallelism as Megatron-LM's users write them."""
 
 
 def import_deepspeed(given: Mapping[str, Any], *, name: str, world: int) -> Import:
@@ -41,6 +44,7 @@ def import_deepspeed(given: Mapping[str, Any], *, name: str, world: int) -> Impo
     found = Import(name, world, DEEPSPEED)
     found.read(DEEPSPEED, given)
     run.convert(found)
+    parallel.convert(found)
     zero.convert(found)
     numbers.convert(found)
     optimizer.convert(found, scheduler.peak_of(found))

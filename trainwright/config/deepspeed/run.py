@@ -29,7 +29,6 @@ BY_MODEL = "it is for calls of deepspeed.checkpointing in the model's own code"
 COMMIT = "each rank writes its own part, and one commit makes the checkpoint valid"
 WRITER = "checkpoints are written by Trainwright's own writer"
 COMPILE = "Compile the blocks with compile_blocks(model)."
-NO_PIPELINE = "it is for pipeline modules"
 
 
 def _logger(*keys: str) -> Block:
@@ -39,13 +38,6 @@ def _logger(*keys: str) -> Block:
 def _profiler(**keys: object) -> Block:
     return Block({key: NoEffect(PROFILER, ANY, default) for key, default in keys.items()})
 
-
-_TP: dict[str, Entry] = {
-    "tp_size": NotBuilt("tensor parallelism", COUNT, (1, 0)),
-    "tp_grain_size": NoEffect("it belongs to tensor parallelism, which is off", COUNT, 1),
-    "mpu": NoEffect("it belongs to tensor parallelism, which is off", ANY),
-    "tp_group": NoEffect("it belongs to tensor parallelism, which is off", ANY),
-}
 
 RUN: dict[str, Entry] = {
     "train_batch_size": Maps("batch.global", POSITIVE),
@@ -66,7 +58,9 @@ RUN: dict[str, Entry] = {
     "vocabulary_size": NoEffect("DeepSpeed only warns by it", COUNT),
     "activation_checkpointing": Block(
         {
-            "partition_activations": NoEffect("without tensor parallelism no rank holds another's activations", BOOL),
+            "partition_activations": NoEffect(
+                "each tensor rank keeps its own part of the activations between blocks, in any case", BOOL
+            ),
             "cpu_checkpointing": Maps("memory.offload_activations", BOOL, False),
             "contiguous_memory_optimization": NoEffect(BY_MODEL, BOOL, False),
             "number_checkpoints": NoEffect(BY_MODEL, COUNT),
@@ -156,17 +150,6 @@ RUN: dict[str, Entry] = {
             "kwargs": NoEffect("it belongs to compile.enabled", ANY),
         }
     ),
-    "pipeline": Block(
-        {
-            "stages": NotBuilt("pipeline parallelism", ANY, ("auto", 1)),
-            "partition": NoEffect(NO_PIPELINE, TEXT, "best"),
-            "seed_layers": NoEffect(NO_PIPELINE, BOOL, False),
-            "activation_checkpoint_interval": NoEffect(NO_PIPELINE, COUNT, 0),
-            "pipe_partitioned": NoEffect(NO_PIPELINE, BOOL, True),
-            "grad_partitioned": NoEffect(NO_PIPELINE, BOOL, True),
-            "use_reentrant": NoEffect(NO_PIPELINE, BOOL, True),
-        }
-    ),
     "hybrid_engine": off_block(
         "the hybrid engine (generation inside the training engine)",
         *("max_out_tokens", "inference_tp_size", "release_inference_cache", "pin_parameters"),
@@ -191,53 +174,20 @@ RUN: dict[str, Entry] = {
         "enabled",
         "loading quantized weights",
     ),
-    "use_data_before_expert_parallelism": NoEffect("there are no expert-parallel ranks to order", BOOL, False),
     "elasticity": off_block(
         "elastic batch sizes",
         *("max_train_batch_size", "micro_batch_sizes", "min_gpus", "max_gpus", "min_time", "version"),
         *("prefer_larger_batch", "ignore_non_elastic_batch_info", "num_gpus_per_node", "model_parallel_size"),
         instead="Give the batch sizes; a checkpoint goes on with any number of ranks that divides the batch.",
     ),
-    "sequence_parallel_size": NotBuilt("sequence parallelism", POSITIVE, (1,)),
-    "data_parallel_size": Maps("parallel", POSITIVE, None, "checked: it must be the number of ranks"),
-    "tensor_parallel": Block(
-        {
-            "autotp_size": NotBuilt("tensor parallelism", COUNT, (0, 1)),
-            "tp": Block(_TP),
-            "tensor_parallel": Block(_TP),
-            **{
-                key: NoEffect("it belongs to tensor parallelism, which is off", ANY)
-                for key in (
-                    *("enabled", "dtype", "tp_overlap_comm", "vocab_parallel_lm_head", "vocab_parallel_ce_backend"),
-                    *("injection_policy_tuple", "partition_config", "preset_model", "keep_module_on_host"),
-                    *("replace_with_kernel_inject", "kernel_inject"),
-                )
-            },
-        }
-    ),
-    "expert_parallel": off_block(
-        "expert parallelism",
-        *("autoep_size", "expert_tensor_parallel_size", "validate_folding_routing", "async_split_plan"),
-        *("preset_model", "moe_layer_pattern", "expert_pattern", "router_pattern", "use_grouped_mm"),
-        *("disable_triton_grouped_mm", "route_norm", "route_scale", "score_apply", "combine_impl"),
-        *("row_weighting_impl", "gate_up_impl", "comm_backend", "comm_num_sm", "comm_qp_margin"),
-        *("comm_max_tokens_per_rank", "num_expert_groups", "num_limited_groups", "score_func", "top_k"),
-        *("load_balance_coeff", "routed_scaling_factor", "expert_w1", "expert_w2", "expert_w3"),
-        *("num_experts_attr", "top_k_attr", "has_shared_experts", "shared_experts_pattern"),
-        *("shared_experts_gate_pattern", "expert_activation"),
-    ),
 }
 
 
 def convert(found: Import) -> None:
-    """batch, memory.offload_activations; what must agree with the number of ranks."""
+    """batch, memory.offload_activations."""
     for key, target in zip(BATCH_KEYS, ("global", "micro", "accumulation"), strict=True):
         if found.has(key):
             found.put(key, f"batch.{target}", found.get(key))
     offload = "activation_checkpointing.cpu_checkpointing"
     if found.has(offload):
         found.put(offload, "memory.offload_activations", found.get(offload))
-    ranks = found.get("data_parallel_size")
-    if ranks is not None and ranks != found.world:
-        found.refuse("data_parallel_size", f"seen {ranks}, expected the number of ranks, {found.world}, or nothing.")
-    found.idle("data_parallel_size", "it is the number of ranks")

@@ -161,8 +161,11 @@ def _convert_groups(found: Import, stage: int) -> None:
             found.idle(_Z + key, f"DeepSpeed shards in groups at stage 3 only, and stage is {stage}")
         elif size < 1:
             found.refuse(_Z + key, f"seen {size}, expected a number of ranks, or {off[0]} for all.")
-        elif found.world % size:
-            found.refuse(_Z + key, f"seen {size}, expected a divisor of the number of ranks, {found.world}.")
+        elif found.state_ranks % size:
+            ranks = f"the number of ranks, {found.world}"
+            if found.state_ranks < found.world:
+                ranks = f"the {found.state_ranks} ranks that hold the same part of the model"
+            found.refuse(_Z + key, f"seen {size}, expected a divisor of {ranks}.")
         else:
             sizes[key] = size
             found.put(_Z + key, "parallel.shard", size)
