@@ -18,6 +18,8 @@ from trainwright.ops.attention.choose import (
 )
 from trainwright.ops.attention.library import flex_attention, sdpa_attention
 from trainwright.ops.attention.masking import check_arguments
+from trainwright.ops.attention.merge import merge_parts
+from trainwright.ops.attention.partial import attention_part, attention_part_backward
 from trainwright.ops.attention.plain import attention_reference, grouped_attention
 
 __all__ = [
@@ -25,8 +27,11 @@ __all__ = [
     "BackendChoice",
     "attention",
     "attention_backend_reason",
+    "attention_part",
+    "attention_part_backward",
     "attention_reference",
     "choose_backend",
+    "merge_parts",
 ]
 
 

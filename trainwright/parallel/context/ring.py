@@ -1,0 +1,239 @@
+"""Ring attention: keys and values travel around the ranks of a ring while each computes with those it has.
+
+Liu et al., arXiv 2310.01889. Forward: each rank's keys and values make n - 1 hops. Backward: they make n - 1 hops
+again, and behind them their gradients, which every rank they pass adds its share to; the share of the rank that they
+belong to never leaves it, so gradients make n - 1 hops too. Gradients travel as the fp32 sums that they are: nothing is
+rounded between additions.
+
+In a compiled block forward and backward are two operators that the compiler does not look into.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from trainwright.ops.attention import attention_part, attention_part_backward, merge_parts
+from trainwright.parallel.context.exchange import ContextGroup, Hop
+
+__all__ = ["Ring", "ring_attention"]
+
+
+class Ring:
+    """The passes of ring attention over a group; what `ring_attention` is given.
+
+    Args:
+        compiled: fuse the steps between products.
+    """
+
+    _named: ClassVar[weakref.WeakValueDictionary[str, Ring]] = weakref.WeakValueDictionary()
+    _made: ClassVar[int] = 0
+
+    def __init__(self, group: ContextGroup, compiled: bool = False) -> None:
+        self.group = group
+        self.compiled = compiled
+        Ring._made += 1
+        # Operators take tensors, numbers and words: the compiled graph knows a ring by its name.
+        self.name = f"ring {Ring._made}"
+        Ring._named[self.name] = self
+
+    @classmethod
+    def named(cls, name: str) -> Ring:
+        return cls._named[name]
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """out [B, T, Hq, D] in the dtype of q and lse [B, Hq, T]; documents [B, all T] in the order of ranks."""
+        out: Tensor | None = None
+        lse: Tensor | None = None
+        # Heads first, as the blocks of attention want them; q, k and v are turned once, not on every hop.
+        q, pair = _turned(q), torch.stack((k.transpose(1, 2), v.transpose(1, 2)))
+        for hop in range(self.group.order.ring):
+            coming = self._pass_on(pair, hop, "ring")
+            keys, values = pair.transpose(2, 3).unbind()
+            part = attention_part(q, keys, values, **self._options(q, hop, documents, window, scale))
+            out, lse = part if out is None or lse is None else merge_parts(out, lse, *part)
+            pair = pair if coming is None else coming.arrive()
+        assert out is not None
+        assert lse is not None
+        return out.to(q.dtype), lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        documents: Tensor | None,
+        window: int | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v in their shapes and dtypes."""
+        q, grad_out = _turned(q), _turned(grad_out)
+        pair = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))
+        grad_q: Tensor | None = None
+        own: Tensor | None = None
+        behind: Hop | None = None  # gradients of the keys of this hop, with the shares of the ranks before
+        for hop in range(self.group.order.ring):
+            coming = self._pass_on(pair, hop, "ring")
+            keys, values = pair.transpose(2, 3).unbind()
+            share_q, share_k, share_v = attention_part_backward(
+                grad_out, q, keys, values, out, lse, **self._options(q, hop, documents, window, scale)
+            )
+            shares = torch.stack((share_k.transpose(1, 2), share_v.transpose(1, 2)))
+            if grad_q is None or own is None:
+                grad_q, own = share_q, shares
+            else:
+                grad_q += share_q
+                if behind is not None:
+                    shares += behind.arrive()
+                behind = self.group.pass_on(shares, "ring_gradients")
+            pair = pair if coming is None else coming.arrive()
+        assert grad_q is not None
+        assert own is not None
+        if behind is not None:
+            own += behind.arrive()
+        grad_k, grad_v = own.transpose(2, 3).unbind()
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+    def _pass_on(self, pair: Tensor, hop: int, kind: str) -> Hop | None:
+        return self.group.pass_on(pair, kind) if hop + 1 < self.group.order.ring else None
+
+    def _options(
+        self, q: Tensor, hop: int, documents: Tensor | None, window: int | None, scale: float
+    ) -> dict[str, Any]:
+        """What `attention_part` has to know of the keys that are here on this hop."""
+        order, held = self.group.order, q.shape[1]
+        mine = self.group.ring_rank
+        theirs = (mine - hop) % order.ring
+        options: dict[str, Any] = {
+            "q_positions": order.ring_positions(mine, held * order.ring),
+            "k_positions": order.ring_positions(theirs, held * order.ring),
+            "window": window,
+            "scale": scale,
+            "compiled": self.compiled,
+        }
+        if documents is not None:
+            options["q_documents"] = documents[:, mine * held : (mine + 1) * held]
+            options["k_documents"] = documents[:, theirs * held : (theirs + 1) * held]
+        return options
+
+
+def ring_attention(
+    ring: Ring,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    *,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Causal attention of this ring rank's q [B, T, Hq, D] over the k, v [B, T, Hkv, D] of all, in zig-zag order.
+
+    documents: [B, T * ring], those of all ring ranks in their order. Gives [B, T, Hq, D] in the dtype of q.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        if torch.compiler.is_compiling():
+            out: Tensor = _ring_operator(q, k, v, documents, ring.name, window, scale)[0]
+        else:
+            out = _RingAttention.apply(q, k, v, documents, ring, window, scale)
+    return out
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Tensor | None,
+        ring: Ring,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        out, lse = ring.forward(q, k, v, documents, window, scale)
+        ctx.save_for_backward(q, k, v, out, lse, documents)
+        ctx.ring, ctx.window, ctx.scale = ring, window, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, documents = ctx.saved_tensors
+        grads = ctx.ring.backward(grad_out, q, k, v, out, lse, documents, ctx.window, ctx.scale)
+        return (*grads, None, None, None, None)
+
+
+@torch.library.custom_op("trainwright::ring_attention", mutates_args=())
+def _ring_operator(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, ring: str, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = Ring.named(ring).forward(q, k, v, documents, window, scale)
+    return out.contiguous(), lse
+
+
+@_ring_operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, ring: str, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
+
+
+@torch.library.custom_op("trainwright::ring_attention_backward", mutates_args=())
+def _ring_backward_operator(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Tensor | None,
+    ring: str,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = Ring.named(ring).backward(grad_out, q, k, v, out, lse, documents, window, scale)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+
+
+@_ring_backward_operator.register_fake
+def _(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Tensor | None,
+    ring: str,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, documents, ctx.ring, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, documents)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, lse, documents = ctx.saved_tensors
+    grads = _ring_backward_operator(grad_out, q, k, v, out, lse, documents, ctx.ring, ctx.window, ctx.scale)
+    return (*grads, None, None, None, None)
+
+
+_ring_operator.register_autograd(_backward, setup_context=_save)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """The same [B, T, H, D], lying in memory as [B, H, T, D]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
