@@ -41,6 +41,7 @@ class NativeStage:
         if position_ids is None:
             model.check_positions(input_ids.shape[1])
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        model.dropout_place.locate(position_ids, batch.get("document_ids"))
         if part.is_first:
             x = model.embed(input_ids, position_ids)
         assert x is not None

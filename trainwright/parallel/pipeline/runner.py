@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from trainwright.base.errors import ConfigError
 from trainwright.base.events import emit
+from trainwright.comm.layout import Layout
 from trainwright.comm.mesh import Axis
+from trainwright.models import Decoder
 from trainwright.parallel.pipeline.orders import build_schedule
 from trainwright.parallel.pipeline.parts import Part
 from trainwright.parallel.pipeline.split import split_of
@@ -20,7 +22,7 @@ from trainwright.parallel.pipeline.stage import Backward, Stage
 from trainwright.parallel.pipeline.tied import sum_tied_gradients
 from trainwright.parallel.pipeline.trace import Action, Recorder
 
-__all__ = ["Batch", "LossSum", "PipelineRunner", "StageLoss", "cut_rows", "divides_backward"]
+__all__ = ["Batch", "Loss", "LossSum", "PipelineRunner", "cut_rows", "divides_backward"]
 
 Batch = Mapping[str, Any]
 
@@ -35,8 +37,9 @@ class LossSum(Protocol):
     def count(self) -> Tensor: ...
 
 
-StageLoss = Callable[[Any, Tensor, Batch], LossSum]
-"""(model, hidden [B, T, D] after the final norm, micro-batch) -> loss sum and count; called on the last part's rank."""
+Loss = Callable[[Any, Any], LossSum]
+"""(model, micro-batch) -> loss sum and count, as tasks have it: asks the model for `hidden_states` and goes on from
+there. Called on the rank of the last part, where `hidden_states` gives what has come through the pipeline."""
 
 
 class PipelineRunner:
@@ -51,9 +54,11 @@ class PipelineRunner:
         sequence_parts: ranks over which the hidden states between blocks are divided (sequence parallelism): parts hand
             on [B, T / sequence_parts, D].
         residual: the type of the hidden states inside the model; wire: that in which they travel (default: the same).
+        layout: of the run; says where FSDP2 gives up parameters or sums gradients within a step.
         divide_backward: whether zero-bubble schedules compute the gradients of inputs and weights apart. None: where
             `divides_backward` says that it can be done; elsewhere the whole backward pass runs at the place of the
             inputs' (the same result, with bubbles).
+        prepare: called with (model, micro-batch) before each part's forward pass; gives the batch that the part sees.
         traced: emit a `pipeline` event with the actions of every run.
 
     Attributes:
@@ -71,7 +76,9 @@ class PipelineRunner:
         sequence_parts: int = 1,
         residual: torch.dtype = torch.float32,
         wire: torch.dtype | None = None,
+        layout: Layout | None = None,
         divide_backward: bool | None = None,
+        prepare: Callable[[Any, Any], Batch] | None = None,
         traced: bool = False,
     ) -> None:
         whole: Any = model
@@ -85,12 +92,13 @@ class PipelineRunner:
         self.sequence_parts = sequence_parts
         self.residual = residual
         self.wire = wire or residual
-        self.divide_backward = divides_backward(model) if divide_backward is None else divide_backward
+        self.divide_backward = divides_backward(model, layout) if divide_backward is None else divide_backward
+        self.prepare = prepare
         self.traced = traced
         self.recorder = Recorder(axis.rank, device)
         self._schedules: dict[tuple[Any, ...], tuple[Any, list[Stage]]] = {}
         self._micro_batches: Sequence[Batch] = ()
-        self._loss: StageLoss | None = None
+        self._loss: Loss | None = None
         self._sums: list[tuple[Tensor, Tensor]] = []
         self._scale = 1.0
 
@@ -106,7 +114,7 @@ class PipelineRunner:
 
     def forward_backward(
         self,
-        loss: StageLoss,
+        loss: Loss,
         batch: Batch | Sequence[Batch],
         *,
         micro_batches: int | None = None,
@@ -118,7 +126,8 @@ class PipelineRunner:
         """Add the gradient of the loss summed over the batch to the parameters of this rank; all ranks call it alike.
 
         Args:
-            loss: of one micro-batch, called with this rank's model where the last part is.
+            loss: see `Loss`. What the model itself adds to it (`Decoder.auxiliary_loss`) is taken for the other parts
+                where they are, and counts in the sums that their ranks return.
             batch: this pipeline's rows, the same on all its ranks: tensors [rows, ...], cut into `micro_batches` equal
                 pieces; or a sequence of micro-batches.
             begin_backward, end_backward: those of the model's `DataParallel`, called with `last` around every backward
@@ -147,7 +156,7 @@ class PipelineRunner:
 
     @torch.no_grad()
     def evaluate(
-        self, loss: StageLoss, batch: Batch | Sequence[Batch], *, micro_batches: int | None = None
+        self, loss: Loss, batch: Batch | Sequence[Batch], *, micro_batches: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Loss sum and count as `forward_backward` gives them, by forward passes only; any number of micro-batches."""
         pieces = cut_rows(batch, micro_batches)
@@ -157,7 +166,7 @@ class PipelineRunner:
 
     # --- one run ---
 
-    def _run(self, drive: Callable[..., Any], loss: StageLoss, pieces: Sequence[Batch], scale: float) -> None:
+    def _run(self, drive: Callable[..., Any], loss: Loss, pieces: Sequence[Batch], scale: float) -> None:
         self._micro_batches, self._loss, self._scale, self._sums = pieces, loss, scale, []
         self.recorder.begin()
         numbers = torch.arange(len(pieces))
@@ -191,18 +200,22 @@ class PipelineRunner:
     def _computation(self, part: Part) -> Callable[[Tensor | None, int], Tensor]:
         def compute(x: Tensor | None, number: int) -> Tensor:
             micro_batch = self._micro_batches[number]
+            if self.prepare is not None:
+                micro_batch = self.prepare(self.model, micro_batch)
             with self.autocast():
                 if x is not None:
                     x = x.to(self.residual)
                 hidden: Tensor = self.model.run_stage(x, micro_batch, part)
-                if not part.is_last:
-                    return self._message(hidden, part, micro_batch)
-                assert self._loss is not None
-                output = self._loss(self.model, hidden, micro_batch)
-            self._sums.append((output.loss_sum.detach(), output.count.detach()))
-            return output.loss_sum * self._scale
+                return self._loss_of(hidden, micro_batch) if part.is_last else self._message(hidden, part, micro_batch)
 
         return compute
+
+    def _loss_of(self, hidden: Tensor, micro_batch: Batch) -> Tensor:
+        assert self._loss is not None
+        with _having_computed(self.model, hidden):
+            output = self._loss(self.model, micro_batch)
+        self._sums.append((output.loss_sum.detach(), output.count.detach()))
+        return output.loss_sum * self._scale
 
     def _message(self, hidden: Tensor, part: Part, micro_batch: Batch) -> Tensor:
         expected = self._message_shape(micro_batch)
@@ -212,6 +225,11 @@ class PipelineRunner:
                 f"{list(expected)}",
                 hint="hidden_size and sequence_parts of the PipelineRunner must be those of the model",
             )
+        if torch.is_grad_enabled() and isinstance(self.model, Decoder):
+            added = self.model.auxiliary_loss(micro_batch["labels"])
+            if added is not None:
+                self._sums.append((added.detach(), torch.zeros((), dtype=torch.int64, device=self.device)))
+                hidden = _WithLoss.apply(hidden, added, self._scale)
         message = hidden.to(self.wire).contiguous()
         return message.clone() if message._is_view() else message  # torch takes the graph away from it in place
 
@@ -264,6 +282,32 @@ class PipelineRunner:
                     yield parameter
 
 
+class _WithLoss(torch.autograd.Function):
+    """Hidden states as they are; in the backward pass, a loss of this part gets its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.like = torch.full_like(loss, scale)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, ctx.like, None
+
+
+@contextlib.contextmanager
+def _having_computed(model: Any, hidden: Tensor) -> Iterator[None]:
+    """Inside, the hidden states of the model are these."""
+    before = model.__dict__.get("hidden_states")
+    model.__dict__["hidden_states"] = lambda *_, **__: hidden
+    try:
+        yield
+    finally:
+        del model.__dict__["hidden_states"]
+        if before is not None:
+            model.__dict__["hidden_states"] = before
+
+
 def cut_rows(batch: Batch | Sequence[Batch], micro_batches: int | None) -> list[Batch]:
     """A batch as micro-batches of consecutive rows; one that is cut already is left as it is.
 
@@ -287,12 +331,15 @@ def cut_rows(batch: Batch | Sequence[Batch], micro_batches: int | None) -> list[
     return [{name: piece(value, number) for name, value in batch.items()} for number in range(count)]
 
 
-def divides_backward(model: nn.Module) -> bool:
+def divides_backward(model: nn.Module, layout: Layout | None = None) -> bool:
     """Whether the gradients of inputs and weights can be computed apart without computing anything twice.
 
     Not where something has taken over the forward pass of a block: compiled code has one backward pass for both, and a
-    recomputed block would be computed again for each of its matrices.
+    recomputed block would be computed again for each of its matrices. Nor where FSDP2 gives up parameters or sums
+    gradients after every backward pass: it knows of no second one.
     """
+    if layout is not None and layout.is_sharded and (layout.gather == "micro_batch" or layout.accumulate == "sharded"):
+        return False
     split = split_of(model)
     blocks = [model.get_submodule(f"{split.anatomy.blocks}.{n}") for part in split.local for n in part.blocks]
     taken_over = any("forward" in block.__dict__ for block in blocks)
