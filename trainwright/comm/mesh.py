@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from trainwright.base.errors import ConfigError
 from trainwright.comm.layout import Layout, PipelineLayout
@@ -70,21 +69,37 @@ class Mesh:
     expert_shard: Axis
     expert_replica: Axis
     pipeline: Axis
-    made: tuple[dist.ProcessGroup, ...] = ()
 
-    def close(self) -> None:
-        """Give up the groups that were made for this mesh."""
-        for group in self.made:
-            if dist.is_initialized():
-                dist.destroy_process_group(group)
-        if self.made:
-            # DTensor notes which layout each operation gives, mesh and all, and takes meshes of equal shape for one:
-            # later ones would get tensors on the groups that are gone.
-            _clear_sharding_prop_cache()
+
+@dataclass
+class _Known:
+    """Groups and meshes that were made in this process, for as long as torch.distributed runs.
+
+    DTensor keeps what it worked out for one mesh and uses it for every equal one: were the groups of a mesh given up
+    and made again under other names, it would send to the old ones.
+    """
+
+    world: object = None
+    groups: dict[tuple[str | None, Members], dist.ProcessGroup] = field(default_factory=dict)
+    meshes: dict[tuple[object, ...], dict[str, DeviceMesh]] = field(default_factory=dict)
+
+
+_known = _Known()
+
+
+def _known_now() -> _Known:
+    global _known
+    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if _known.world is not world:
+        _known = _Known(world)
+    return _known
 
 
 def make_mesh(layout: Layout, ranks: Ranks) -> Mesh:
-    """Make the groups; a collective of all ranks, which pass equal layouts."""
+    """Make the groups, or take those that an equal layout had before; a collective of all ranks, which pass equal ones.
+
+    Groups live as long as torch.distributed does.
+    """
     if ranks.world != layout.world:
         raise ConfigError(f"the layout is for {layout.world} processes, and {ranks.world} run")
     return _Maker(layout, ranks).make()
@@ -96,8 +111,7 @@ class _Maker:
     def __init__(self, layout: Layout, ranks: Ranks) -> None:
         self.layout = layout
         self.ranks = ranks
-        self.made: dict[Members, dist.ProcessGroup] = {}
-        self.hosts: list[dist.ProcessGroup] = []
+        self.known = _known_now()
         outer = layout.replicas if layout.is_sharded else layout.data // layout.expert
         inner = layout.shard // layout.expert if layout.is_sharded else 1
         sizes = (layout.pipeline.stages, outer, inner, layout.expert, layout.tensor)
@@ -129,7 +143,6 @@ class _Maker:
             expert_shard=self._axis("expert_shard", (2,), meshes),
             expert_replica=self._axis("expert_replica", (1,)),
             pipeline=self._axis("pipeline", (0,)),
-            made=(*self.made.values(), *self.hosts),
         )
 
     def _axis(self, name: str, dims: Sequence[int], meshes: dict[str, DeviceMesh] | None = None) -> Axis:
@@ -149,17 +162,18 @@ class _Maker:
         assert self.ranks.group is not None
         if len(members) == 1 and members[0] == tuple(range(self.ranks.world)):
             return self.ranks.group
-        if members not in self.made:
-            self.made[members] = self._new_group(members)
-        return self.made[members]
+        return self._made(members)
 
-    def _new_group(self, members: Members, backend: str | None = None) -> dist.ProcessGroup:
+    def _made(self, members: Members, backend: str | None = None) -> dist.ProcessGroup:
+        if (backend, members) in self.known.groups:
+            return self.known.groups[backend, members]
         own: dist.ProcessGroup | None = None
         for among in members:
             group = dist.new_group(list(among), timeout=self.ranks.timeout, backend=backend)
             if self.ranks.rank in among:
                 own = group
         assert own is not None
+        self.known.groups[backend, members] = own
         return own
 
     def _sub_ranks(self, members: Members) -> Ranks:
@@ -171,8 +185,7 @@ class _Maker:
         group = self._group(members)
         host = group
         if self.ranks.host_group is not self.ranks.group:
-            host = self._new_group(members, backend="gloo")
-            self.hosts.append(host)
+            host = self._made(members, backend="gloo")
         return self.ranks.among(mine.index(self.ranks.rank), len(mine), group, host)
 
     def _meshes(self) -> dict[str, DeviceMesh]:
@@ -181,6 +194,12 @@ class _Maker:
         dims = [dim for dim in range(5) if self.grid.shape[dim] > 1]
         if not any(dim in dims for dim in ((2, 3, 4) if self.layout.is_sharded else (3, 4))):
             return {}
+        key = (tuple(self.grid.shape), self.layout.is_sharded, self.ranks.device.type)
+        if key not in self.known.meshes:
+            self.known.meshes[key] = self._new_meshes(dims, names)
+        return self.known.meshes[key]
+
+    def _new_meshes(self, dims: list[int], names: Sequence[str]) -> dict[str, DeviceMesh]:
         groups = [group for dim in dims if (group := self._axis(names[dim], (dim,)).group) is not None]
         kind = self.ranks.device.type
         if len(dims) == 1:
@@ -197,10 +216,8 @@ class _Maker:
                 found["shard"] = found[pair[0]]
             else:
                 found["shard"] = root[pair]._flatten("shard")
-                # The flattened mesh made this group itself; it stands for the ranks of the shard axis from here on.
-                # Over all ranks torch takes the group that exists, which is not ours to give up.
-                if (group := found["shard"].get_group()) is not self.ranks.group:
-                    self.made[self._members((2, 3))] = group
+                # The flattened mesh has a group for these ranks by itself; so has the axis, where nobody had one.
+                self.known.groups.setdefault((None, self._members((2, 3))), found["shard"].get_group())
         return found
 
     def _members(self, dims: Sequence[int]) -> Members:

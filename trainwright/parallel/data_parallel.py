@@ -64,8 +64,7 @@ class DataParallel:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def close(self) -> None:
-        """Remove every hook and the mesh's groups; the model is an ordinary module again, with what it holds."""
-        self.mesh.close()
+        """Remove every hook; the model is an ordinary module again, with what it holds."""
 
 
 class Replicated(DataParallel):
@@ -86,4 +85,3 @@ class Replicated(DataParallel):
     def close(self) -> None:
         for buckets in self._buckets:
             buckets.close()
-        super().close()

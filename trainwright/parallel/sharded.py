@@ -227,7 +227,6 @@ class Sharded(DataParallel):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        super().close()
 
 
 def run_as_forward(model: Any, name: str) -> None:

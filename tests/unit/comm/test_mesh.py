@@ -78,7 +78,9 @@ def describe(rank: int, world: int) -> list[dict[str, Any]]:
                 seen = torch.tensor([float(rank)])
                 dist.all_reduce(seen, group=axis.group)
                 assert seen.item() == sum(axes[name])
-        mesh.close()
+        again = make_mesh(layout, ranks)
+        assert again.data.group is mesh.data.group
+        assert again.tensor.mesh is mesh.tensor.mesh
         found.append(axes)
     return found
 
