@@ -25,7 +25,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     product is made in autocast's type, as `linear` does. Where no kernel is, reading `counts` waits for the device.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if not x.is_meta and torch.is_autocast_enabled(kind):
         wanted = torch.get_autocast_dtype(kind)
         x, weight = x.to(wanted), weight.to(wanted)
     elif x.dtype != weight.dtype:

@@ -48,7 +48,8 @@ class Router(nn.Module):
         return self
 
     def forward(self, tokens: Tensor) -> Routing:
-        with torch.autocast(tokens.device.type, enabled=False):
+        kind = "cpu" if tokens.is_meta else tokens.device.type
+        with torch.autocast(kind, enabled=False):
             logits = F.linear(tokens.float(), self.weight.float())
             return choose_experts(logits, self.e_score_correction_bias, self.config)
 
