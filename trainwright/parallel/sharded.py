@@ -199,8 +199,9 @@ class Sharded(DataParallel):
     def _drop_unused(self) -> None:
         """Take the zero gradient away from parameters that no rank used in the whole step, as in a single process."""
         trained = [p for p in self._fsdp_params() if p.sharded_param.requires_grad]
-        flags = torch.tensor([self._used.get(id(p), False) for p in trained], dtype=torch.int32)
-        if self.data.any(not bool(flags.all())):
+        used = [self._used.get(id(p), False) for p in trained]
+        if self.data.any(not all(used)):
+            flags = torch.tensor(used, dtype=torch.int32)
             self.data.sum_(flags)
             for fsdp_param, count in zip(trained, flags.tolist(), strict=True):
                 if count == 0:
