@@ -10,15 +10,13 @@ from torch import nn
 from trainwright.base.errors import ConfigError
 from trainwright.comm import Ranks
 from trainwright.comm.layout import Layout
-from trainwright.comm.mesh import Mesh
-from trainwright.config import CommSection, MemorySection, ParallelSection, PrecisionSection
-from trainwright.engine.precision import Precision, cast_model, compute_in_fp32, keep_residual_fp32, wire_type
+from trainwright.config import MemorySection, PrecisionSection
+from trainwright.engine.precision import Precision, cast_model, compute_in_fp32
 from trainwright.memory import ActivationOffload, apply_recompute
-from trainwright.models import Decoder
 from trainwright.optim import GroupedOptimizer, StepInBackward
-from trainwright.parallel import DataParallel, ZeroOptions, apply_zero, find_blocks
+from trainwright.parallel import blocks_of
 
-__all__ = ["divide", "hold", "modules_named", "recompute", "release_gradients"]
+__all__ = ["hold", "modules_named", "recompute", "release_gradients"]
 
 
 def modules_named(model: nn.Module, patterns: tuple[str, ...]) -> set[nn.Module]:
@@ -54,37 +52,7 @@ def recompute(model: nn.Module, section: MemorySection, ranks: Ranks) -> None:
     policy = wanted if isinstance(wanted, str) else {"every": wanted.every}
     policy = "none" if policy == "auto" else policy
     offload = ActivationOffload.for_device(ranks.device) if section.offload_activations else None
-    blocks = list(model.blocks.children()) if isinstance(model, Decoder) else [block for _, block in find_blocks(model)]
-    apply_recompute(model, policy, blocks=blocks, offload=offload)
-
-
-def divide(
-    model: nn.Module,
-    mesh: Mesh,
-    policy: Precision,
-    *,
-    precision: PrecisionSection,
-    parallel: ParallelSection,
-    comm: CommSection,
-    memory: MemorySection,
-) -> DataParallel:
-    """`apply_zero` with what the sections say; the model is equal on all ranks and in the policy's type already."""
-    layout = mesh.layout
-    if memory.parameters == "host" and not layout.is_sharded:
-        raise ConfigError(
-            "memory.parameters is host, but nothing is divided: parameters are held whole on the device",
-            hint="use parallel.zero=3 on two or more processes, or memory.parameters=device",
-        )
-    if layout.is_sharded and policy.gather_dtype is not None and isinstance(model, Decoder):
-        keep_residual_fp32(model)
-    options = ZeroOptions(
-        wire=wire_type(comm.wire, policy),
-        compute=policy.gather_dtype,
-        keep_fp32=precision.keep_fp32,
-        prefetch=parallel.prefetch,
-        host_parameters=memory.parameters == "host",
-    )
-    return apply_zero(model, mesh, options)
+    apply_recompute(model, policy, blocks=[block for _, block in blocks_of(model)], offload=offload)
 
 
 def release_gradients(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from trainwright.models import Decoder
-from trainwright.parallel import find_blocks
+from trainwright.parallel import blocks_of
 
 __all__ = ["compile_blocks"]
 
@@ -21,15 +19,13 @@ def compile_blocks(model: nn.Module) -> int:
     on CPU is not deterministic; PyTorch's own kernel is). Only `forward` is compiled, not the call with its hooks:
     those of `fully_shard` gather parameters around it. Shapes are static: training uses one shape throughout.
     """
-    blocks: Sequence[nn.Module] = (
-        list(model.blocks.children()) if isinstance(model, Decoder) else [block for _, block in find_blocks(model)]
-    )
+    blocks = [block for _, block in blocks_of(model)]
     for block in blocks:
         if "compile" in block.__dict__:  # a recomputed block compiles what it computes again, not the recomputing
             block.compile(dynamic=False)
         else:
             _compile_forward(block)
-    if isinstance(model, Decoder):
+    if isinstance(model, Decoder) and model.final_norm is not None:  # None where another stage has it
         _compile_forward(model.final_norm)
     return len(blocks)
 

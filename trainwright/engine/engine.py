@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,10 +24,19 @@ from trainwright.comm import ALONE
 from trainwright.comm.mesh import Layout, make_mesh
 from trainwright.engine.precision import Precision
 from trainwright.memory import PlacedState
-from trainwright.optim import EMA, LossScaler, StepInBackward, clip_factor, norm_from, squared_norms
+from trainwright.models import Decoder
+from trainwright.models.moe.load import join_load_statistics
+from trainwright.optim import EMA, LossScaler, StepInBackward, clip_factor, parts_of, squared_norm_sum
 from trainwright.parallel import DataParallel, apply_zero
+from trainwright.parallel.pipeline import alias_parameters
 
-__all__ = ["Engine", "LossSum", "Optimizer", "StepReport"]
+__all__ = ["Batch", "Engine", "ForwardBackward", "Loss", "LossSum", "Optimizer", "StepReport"]
+
+ROW_NUMBERS = "row_numbers"
+"""Key of a micro-batch: where each of its rows is in the global batch."""
+
+Batch = Mapping[str, Tensor]
+"""Rows of a batch: tensors whose first dimension is rows."""
 
 Guard = Callable[[float, float], bool]
 """Given the mean loss and the gradient norm of a step, says whether the step may be taken."""
@@ -41,6 +50,22 @@ class LossSum(Protocol):
 
     @property
     def count(self) -> Tensor: ...
+
+
+Loss = Callable[[Any, Batch], LossSum]
+"""How a model and a batch become a loss: `Task.loss`, `Task.evaluate`."""
+
+
+class ForwardBackward(Protocol):
+    """How the forward and backward passes of one optimizer step are carried out: one by one, or as a pipeline.
+
+    `run` leaves the gradients summed and returns (loss sum, count) of this rank, fp64 scalars; `evaluate` only computes
+    them. Ranks that compute no loss return zeros.
+    """
+
+    def run(self, loss: Loss, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]: ...
+
+    def evaluate(self, loss: Loss, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]: ...
 
 
 class Optimizer(Protocol):
@@ -99,6 +124,8 @@ class Engine:
         skip_nonfinite: leave out steps whose gradient is not finite, as fp16 does; waits for the device.
         stepping: updates each parameter during the last backward pass of a step and frees its gradient.
         placed: where the optimizer's state lives, if not beside the parameters; held here as long as the engine.
+        schedule: makes what carries out `forward_backward` for this engine; None takes the micro-batches one by one.
+        cut: takes this rank's part of every row of a batch, where sequences are divided.
 
     Attributes:
         steps: optimizer steps, those that were skipped included.
@@ -121,6 +148,8 @@ class Engine:
         skip_nonfinite: bool = False,
         stepping: StepInBackward | None = None,
         placed: PlacedState | None = None,
+        schedule: Callable[[Engine], ForwardBackward] | None = None,
+        cut: Callable[[Batch], Batch] | None = None,
     ) -> None:
         if accumulation < 1:
             raise ConfigError(f"accumulation is {accumulation}, expected at least 1 micro-batch for a step")
@@ -147,16 +176,24 @@ class Engine:
         self.last_report: StepReport | None = None
         groups = optimizer.param_groups if optimizer is not None else []
         self._parameters = [p for group in groups for p in group["params"]]
+        aliases = alias_parameters(model)  # copies of parameters that another stage of a pipeline counts
+        names = {p: name for name, p in model.named_parameters()} if aliases else {}
+        self._counted = [p for p in self._parameters if names.get(p) not in aliases]
         trained = self._parameters or [p for p in model.parameters() if p.requires_grad]
         self._device = self.ranks.device if self.ranks.world > 1 or not trained else trained[0].device
         # Sums over a step, in fp64 so that they do not depend on how rows are dealt to micro-batches and ranks.
         wide = torch.float32 if self._device.type == "mps" else torch.float64
         self._loss_sum = torch.zeros((), dtype=wide, device=self._device)
         self._count = torch.zeros((), dtype=wide, device=self._device)
+        self._schedule: ForwardBackward = OneByOne(self) if schedule is None else schedule(self)
+        self._cut = cut
+        # Ranks of the tensor axis compute the same loss: the first of them speaks for all.
+        self._counts_loss = self.data_parallel.mesh.tensor.rank == 0
         self._open = False
         self._held_back = 0
         self._forced: bool | None = None
         self._nominal: float | None = None
+        self._dropout_seed: int | None = None
 
     # --- forward and backward ---
 
@@ -221,20 +258,22 @@ class Engine:
         if last and self.stepping is not None:
             self._arm(self.stepping, count)
         self.data_parallel.begin_backward(last=last)
-        (loss if self.scaler is None else loss * self._loss_factor(count)).backward()
+        (loss if self.scaler is None else loss * self.loss_factor(count)).backward()
         self.data_parallel.end_backward(last=last)
-        self._loss_sum += loss.detach()
-        self._count += count
+        if self._counts_loss:
+            self._loss_sum += loss.detach()
+            self._count += count
         return loss.detach()
 
     def _arm(self, stepping: StepInBackward, count: Tensor) -> None:
         """Tell the stepping what it must know before the pass: the learning rate, and the step's count on all ranks."""
         assert self.optimizer is not None
         self.optimizer.set_lr(self.multiplier(self.steps))
-        total = self.ranks.sum_((self._count + count).clone()).clamp(min=1)
+        own = self._count + count if self._counts_loss else torch.zeros_like(self._count)
+        total = self.ranks.sum_(own.clone()).clamp(min=1)
         stepping.arm((1.0 / total).float())
 
-    def _loss_factor(self, count: Tensor) -> float:
+    def loss_factor(self, count: Tensor) -> float:
         """What an fp16 loss sum is multiplied by: the loss scale over a power of two near the step's count.
 
         Sums over thousands of tokens would leave fp16's range; a power of two, the same on all ranks, undoes exactly.
@@ -251,6 +290,55 @@ class Engine:
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad.fill_(torch.nan)
+
+    # --- a whole step's batch ---
+
+    def forward_backward(self, loss: Loss, batch: Batch, *, micro_rows: int, seed: int | None = None) -> None:
+        """Forward and backward over this rank's rows of a whole step, `micro_rows` at a time; `step` comes next.
+
+        Args:
+            loss: see `Loss`; called with the model and one micro-batch at a time.
+            batch: equal on all ranks that work on the same rows; sequences are whole.
+            micro_rows: divides the rows of the batch into `accumulation` micro-batches.
+            seed: of this step's dropout, which then depends on it and on each row's place in the global batch, not on
+                the layout; None draws from torch's generator.
+        """
+        micro_batches = self._micro_batches(batch, micro_rows)
+        if len(micro_batches) != self.accumulation:
+            raise ConfigError(
+                f"the batch makes {len(micro_batches)} micro-batches of {micro_rows} rows, and a step has"
+                f" {self.accumulation}"
+            )
+        self._dropout_seed = seed
+        loss_sum, count = self._schedule.run(loss, micro_batches)
+        self._open = True
+        if self._counts_loss:
+            self._loss_sum += loss_sum
+            self._count += count
+
+    def evaluate(self, loss: Loss, batch: Batch, *, micro_rows: int | None = None) -> tuple[float, int]:
+        """(loss sum, count) that this rank adds to an evaluation of its rows; summed over all ranks they are whole."""
+        rows = micro_rows or next(iter(batch.values())).shape[0]
+        self._dropout_seed = None
+        with torch.no_grad():
+            loss_sum, count = self._schedule.evaluate(loss, self._micro_batches(batch, rows))
+        return (float(loss_sum), int(count)) if self._counts_loss else (0.0, 0)
+
+    def _micro_batches(self, batch: Batch, rows: int) -> list[Batch]:
+        place, places = self.data_parallel.mesh.rows
+        total = next(iter(batch.values())).shape[0]
+        cut = dict(batch if self._cut is None else self._cut(batch))
+        # Rank r of W holds every W-th row of the global batch: what dropout goes by.
+        cut[ROW_NUMBERS] = torch.arange(total, device=self._device) * places + place
+        return [{key: value[first : first + rows] for key, value in cut.items()} for first in range(0, total, rows)]
+
+    def prepare(self, model: Any, micro_batch: Batch) -> Batch:
+        """What a schedule calls before a part of the model sees a micro-batch: tells dropout which rows they are."""
+        rest = {key: value for key, value in micro_batch.items() if key != ROW_NUMBERS}
+        if isinstance(model, Decoder):
+            rows = None if self._dropout_seed is None else micro_batch[ROW_NUMBERS]
+            model.set_dropout(seed=self._dropout_seed, rows=rows)
+        return rest
 
     # --- the step ---
 
@@ -273,8 +361,22 @@ class Engine:
             raise ConfigError("this engine has no optimizer", hint="give one, or a config with an optim section")
         report = self._stepped(self.stepping) if self.stepping is not None else self._update(self.optimizer, guard)
         self.zero_grad()
+        self._balance_experts(taken=not report.skipped)
         self.last_report = report
         return report
+
+    def _balance_experts(self, *, taken: bool) -> None:
+        """Tell a mixture of experts what all ranks' tokens asked of it in this step."""
+        loads = self.model.take_loads() if isinstance(self.model, Decoder) else None
+        if loads is not None and taken:
+            self.model.update_balance(self.data_parallel.data.sum_(loads))
+
+    def load_statistics(self) -> dict[str, float]:
+        """How evenly the last step loaded the experts of all layers; empty without experts. All ranks call it."""
+        own = self.model.load_statistics() if isinstance(self.model, Decoder) else {}
+        if self.data_parallel.mesh.pipeline.size == 1 or not isinstance(self.model, Decoder):
+            return own
+        return join_load_statistics(self.ranks.all_gather_json(own))
 
     def _update(self, optimizer: Optimizer, guard: Guard | None) -> StepReport:
         loss_sum, count, squares = self._global_sums()
@@ -318,14 +420,21 @@ class Engine:
 
     def _global_sums(self, squares: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss sum, count, norm of the gradient sum) over all ranks, with one message."""
-        sharded, replicated = squares or squared_norms(self._parameters)
+        if squares is None:
+            total = squared_norm_sum(self._counted, self._holders)
+        else:
+            sharded, replicated = squares
+            total = sharded / self.data_parallel.layout.replicas + replicated / self.ranks.world
         if self.ranks.world == 1:
-            return self._loss_sum, self._count, norm_from(sharded, replicated)
-        # Every replica of a shard adds the same squares.
-        replicas = self.data_parallel.layout.replicas
-        sums = torch.stack([self._loss_sum, self._count, sharded.to(self._loss_sum.dtype) / replicas])
+            return self._loss_sum, self._count, total.sqrt().float()
+        sums = torch.stack([self._loss_sum, self._count, total.to(self._loss_sum)])
         loss_sum, count, total = self.ranks.sum_(sums).unbind()
-        return loss_sum, count, norm_from(total, replicated)
+        return loss_sum, count, total.sqrt().float()
+
+    def _holders(self, parameter: Tensor) -> int:
+        """How many ranks hold the same part of a parameter as this one: so often a sum over all ranks counts it."""
+        layout = self.data_parallel.layout
+        return layout.data * layout.tensor // parts_of(parameter)
 
     def _scale_of_gradients(self) -> float:
         if self.scaler is None:
@@ -373,6 +482,36 @@ class Engine:
             self.ema.load_state_dict(state["ema"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+
+class OneByOne:
+    """One micro-batch after another: the schedule of a model that is whole on every rank that computes it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def run(self, loss: Loss, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        engine = self._engine
+        for number, micro_batch in enumerate(micro_batches):
+            output = self._forward(loss, micro_batch)
+            engine.backward(output)
+            if number + 1 < len(micro_batches):
+                engine.step()
+        return torch.zeros_like(engine._loss_sum), torch.zeros_like(engine._count)  # backward has added them
+
+    def evaluate(self, loss: Loss, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        outputs = [self._forward(loss, micro_batch) for micro_batch in micro_batches]
+        wide = self._engine._loss_sum.dtype
+        return (
+            torch.stack([output.loss_sum.to(wide) for output in outputs]).sum(),
+            torch.stack([output.count for output in outputs]).sum(),
+        )
+
+    def _forward(self, loss: Loss, micro_batch: Batch) -> LossSum:
+        engine = self._engine
+        prepared = engine.prepare(engine.model, micro_batch)
+        with engine.autocast():
+            return loss(engine.model, prepared)
 
 
 def _sum_and_count(output: LossSum | Tensor) -> tuple[Tensor, Tensor]:

@@ -32,10 +32,12 @@ from trainwright.config import (
     load_engine_config,
     resolve_batch,
 )
-from trainwright.engine.assemble import divide, hold, recompute, release_gradients
+from trainwright.engine.assemble import release_gradients
 from trainwright.engine.client import ClientOptimizer, names_of, point_at
+from trainwright.engine.divide import Sections, divide
 from trainwright.engine.engine import Optimizer
 from trainwright.engine.loader import EngineLoader
+from trainwright.engine.names import optimized_parameters
 from trainwright.engine.options import learning_rate_multiplier, optimizer_options, scaler_options
 from trainwright.engine.own_loop import OwnLoopEngine
 from trainwright.engine.precision import Precision, precision
@@ -107,15 +109,8 @@ def initialize(
     refuse_too_large(model, settings, policy, layout, ranks, batch)
 
     before = _prepare_model(model, settings, policy, ranks, model_parameters)
-    data_parallel = divide(
-        model,
-        make_mesh(layout, ranks),
-        policy,
-        precision=settings.precision,
-        parallel=settings.parallel,
-        comm=settings.comm,
-        memory=settings.memory,
-    )
+    sections = Sections(settings.precision, settings.parallel, settings.comm, settings.memory)
+    divided = divide(model, make_mesh(layout, ranks), policy, sections)
     made = _make_optimizer(model, settings, optimizer, before)
     placed = None
     if isinstance(made, GroupedOptimizer):
@@ -131,7 +126,9 @@ def initialize(
         made,
         multiplier=_multiplier(settings, made),
         precision=policy,
-        data_parallel=data_parallel,
+        data_parallel=divided.data_parallel,
+        schedule=divided.schedule,
+        cut=divided.cut,
         accumulation=batch.accumulation,
         clip_norm=clip_norm,
         skip_nonfinite=settings.on_nan == "skip",
@@ -185,9 +182,7 @@ def _prepare_model(
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter in wanted)
     model.to(ranks.device)
-    hold(model, policy, settings.precision, ranks)
     synchronise(model, ranks)
-    recompute(model, settings.memory, ranks)
     return names_of(model)
 
 
@@ -216,7 +211,7 @@ def _make_optimizer(
         if section is None:
             return None
         return build_optimizer(
-            model.named_parameters(remove_duplicate=False),
+            optimized_parameters(model),
             optimizer_options(section, settings.precision, seed=settings.seed),
         )
     if section is not None and not isinstance(section, ClientOptim):

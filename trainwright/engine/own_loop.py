@@ -251,7 +251,7 @@ class OwnLoopEngine(Engine):
         self.data_parallel.close()
         self.zero_grad()
         self.optimizer = self.lr_scheduler = self.ema = None
-        self._parameters = []
+        self._parameters = self._counted = []
         if self._owns_ranks:
             stop()
 

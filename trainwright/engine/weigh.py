@@ -10,7 +10,7 @@ from trainwright.comm.layout import Layout
 from trainwright.config import BatchSizes, EngineConfig
 from trainwright.config.precision_section import BF16PurePrecision
 from trainwright.engine.precision import Precision
-from trainwright.parallel import find_blocks
+from trainwright.parallel import blocks_of
 from trainwright.planner import ModelFacts
 from trainwright.planner.memory import MemorySettings, predict_rank_memory
 from trainwright.planner.memory_fit import alternatives, memory_limits, refuse_before_allocating
@@ -28,7 +28,7 @@ def refuse_too_large(
     Raises:
         MemoryLimitError: they cannot fit; names the nearest setting that does.
     """
-    blocks = [sum(p.numel() for p in block.parameters()) for _, block in find_blocks(model)]
+    blocks = [sum(p.numel() for p in block.parameters()) for _, block in blocks_of(model)]
     facts = ModelFacts(
         sum(p.numel() for p in model.parameters()),
         flops_per_token=0.0,

@@ -17,15 +17,19 @@ from trainwright.data import Loader, load_tokenizer
 from trainwright.engine import (
     Engine,
     Precision,
-    compile_blocks,
     learning_rate_multiplier,
     optimizer_options,
     precision,
     scaler_options,
 )
-from trainwright.engine.assemble import divide, hold, recompute, release_gradients
+from trainwright.engine.assemble import release_gradients
+from trainwright.engine.divide import Sections, divide
+from trainwright.engine.materialise import Values, materialise
+from trainwright.engine.names import optimized_parameters
 from trainwright.memory import place_state
-from trainwright.models import Decoder, build_model, load_pretrained
+from trainwright.models import Decoder, build_model
+from trainwright.models.importing import Pretrained
+from trainwright.models.initialise import initial_values
 from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
 from trainwright.optim.loss_scale import LossScaler
 from trainwright.tasks import CausalLM
@@ -52,33 +56,27 @@ def build(
     _set_determinism(recipe, settled.device)
     policy = precision(recipe.precision.name)
     model = _build_model(settled, policy)
-    hold(model, policy, recipe.precision, ranks)
-    recompute(model, recipe.memory, ranks)
-    if recipe.train.compile:
-        compile_blocks(model)
-    data_parallel = divide(
-        model,
-        make_mesh(plan.layout, ranks),
-        policy,
-        precision=recipe.precision,
-        parallel=recipe.parallel,
-        comm=recipe.comm,
-        memory=recipe.memory,
-    )
+    mesh = make_mesh(plan.layout, ranks)
+    sections = Sections(recipe.precision, recipe.parallel, recipe.comm, recipe.memory)
+    divided = divide(model, mesh, policy, sections, compiled=bool(recipe.train.compile))
+    data_parallel = divided.data_parallel
     stack.callback(data_parallel.close)
+    materialise(model, settled.device, _values(settled))
     optimizer = build_optimizer(
-        model.named_parameters(), optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed)
+        optimized_parameters(model), optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed)
     )
     placed = place_state(optimizer, recipe.memory.optimizer_state, folder=recipe.memory.nvme_path)
     if placed is not None:
         stack.callback(placed.close, keep=False)
-    ema = EMA(model.named_parameters(), decay=recipe.train.ema.decay) if recipe.train.ema is not None else None
+    ema = EMA(optimized_parameters(model), decay=recipe.train.ema.decay) if recipe.train.ema is not None else None
     engine = Engine(
         model,
         optimizer,
         multiplier=learning_rate_multiplier(recipe.optim.schedule, plan.steps, plan.tokens / plan.steps),
         precision=policy,
         data_parallel=data_parallel,
+        schedule=divided.schedule,
+        cut=divided.cut,
         accumulation=plan.accumulation,
         clip_norm=recipe.optim.clip_norm,
         ema=ema,
@@ -89,7 +87,7 @@ def build(
         placed=placed,
     )
     loader = stack.enter_context(
-        Loader(settled.dataset, plan.batch_rows, seed=recipe.train.seed, rank=ranks.rank, world=ranks.world)
+        Loader(settled.dataset, plan.batch_rows, seed=recipe.train.seed, rank=mesh.rows[0], world=mesh.rows[1])
     )
     checkpointer = stack.enter_context(
         Checkpointer(
@@ -135,20 +133,20 @@ def _set_determinism(recipe: Recipe, device: torch.device) -> None:
 
 
 def _build_model(settled: Settled, policy: Precision) -> Decoder:
+    """The model on the meta device: weights come when it is divided."""
     # Parts that are kept in fp32 must not have been rounded before.
     kept = settled.loaded.recipe.precision.keep_fp32
     dtype = torch.float32 if kept else policy.parameter_dtype
-    if settled.pretrained is not None:
-        model = load_pretrained(settled.pretrained, dtype=dtype).to(settled.device)
-    else:
-        model = build_model(
-            settled.model_config,
-            device=settled.device,
-            dtype=dtype,
-            seed=settled.loaded.recipe.train.seed,
-        )
+    model = build_model(settled.model_config, device="meta", dtype=dtype)
     model.set_attention_backend(settled.loaded.recipe.model.attention)
     return model.train()
+
+
+def _values(settled: Settled) -> Values:
+    """Where the first weights come from; each rank reads or draws one parameter at a time and keeps its part."""
+    if settled.pretrained is not None:
+        return Pretrained(settled.pretrained).value
+    return initial_values(settled.model_config, settled.loaded.recipe.train.seed)
 
 
 def _spike_options(recipe: Recipe) -> SpikeOptions:

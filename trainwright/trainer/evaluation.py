@@ -44,11 +44,11 @@ def evaluate(engine: Engine, task: Task, batches: Iterable[Mapping[str, Tensor]]
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), engine.averaged(), engine.autocast():
+        with engine.averaged():
             for batch in batches:
-                output = task.evaluate(model, batch)
-                loss_sum += float(output.loss_sum)
-                count += int(output.count)
+                of_batch = engine.evaluate(task.evaluate, batch)
+                loss_sum += of_batch[0]
+                count += of_batch[1]
     finally:
         model.train(was_training)
     sums = engine.ranks.sum_(torch.tensor([loss_sum, count], dtype=torch.float64))

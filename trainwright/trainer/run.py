@@ -113,12 +113,12 @@ class Run:
         """The evaluation's batches, in the shape that training compiled for; None where there is no validation."""
         if not self.validation_rows:
             return None
-        ranks = self.ranks
+        place, places = self.engine.data_parallel.mesh.rows
         batches = evaluation_batches(
             self.dataset,
-            self.plan.micro_rows * ranks.world,
-            rank=ranks.rank,
-            world=ranks.world,
+            self.plan.micro_rows * places,
+            rank=place,
+            world=places,
             limit_rows=self.validation_rows,
         )
         return (self._evaluated(batch) for batch in batches)

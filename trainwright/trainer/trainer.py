@@ -159,12 +159,10 @@ class Trainer:
     def _step(self, run: Run, batch: Mapping[str, torch.Tensor]) -> StepReport:
         """Forward and backward over the micro-batches of one batch, then one optimizer step."""
         torch.manual_seed(derive_seed(run.recipe.train.seed, "step", run.state.step, run.ranks.rank))
-        engine, rows = run.engine, run.plan.micro_rows
-        for first in range(0, run.plan.rank_rows, rows):
-            micro_batch = {key: value[first : first + rows].to(run.device) for key, value in batch.items()}
-            with engine.autocast():
-                output = run.task.loss(engine.model, micro_batch)
-            engine.backward(output)
+        engine = run.engine
+        own = {key: value.to(run.device) for key, value in batch.items()}
+        seed = derive_seed(run.recipe.train.seed, "dropout", run.state.step)
+        engine.forward_backward(run.task.loss, own, micro_rows=run.plan.micro_rows, seed=seed)
         if fault_point("step.after_backward", step=run.state.step) == "nan":
             engine.poison()
         report = engine.step(run.guard)
@@ -173,6 +171,7 @@ class Trainer:
 
     def _report(self, run: Run, report: StepReport, seconds: float) -> None:
         state, plan, meter = run.state, run.plan, run.meter
+        loads = run.engine.load_statistics()
         emit(
             "step",
             step=state.step,
@@ -189,6 +188,7 @@ class Trainer:
             eta_seconds=meter.eta_seconds(plan.steps - state.step),
             step_seconds=seconds,
             skipped=report.skipped,
+            **loads,
         )
 
     def evaluate(self, run: Run) -> Evaluation | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["LoadRecord", "auxiliary_sums", "describe_loads", "is_recomputing"]
+__all__ = ["LoadRecord", "auxiliary_sums", "describe_loads", "is_recomputing", "join_load_statistics"]
 
 
 def is_recomputing() -> bool:
@@ -91,3 +91,18 @@ def describe_loads(loads: Mapping[int, Sequence[int]]) -> dict[str, float]:
         "moe/dropped": dropped / chosen,
         **described,
     }
+
+
+def join_load_statistics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One description from those of processes that hold different layers (several may hold the same ones)."""
+    different = {tuple(sorted(part.items())): part for part in parts if part}.values()
+    joined: dict[str, float] = {}
+    layers = [sum(key.endswith("/load_max") for key in part) for part in different]
+    for part in different:
+        joined |= {key: value for key, value in part.items() if key.startswith("moe/layer_")}
+    if not joined:
+        return {}
+    for key in ("moe/imbalance", "moe/idle_experts", "moe/dropped"):
+        joined[key] = sum(n * part[key] for n, part in zip(layers, different, strict=True)) / sum(layers)
+    joined["moe/imbalance_max"] = max(part["moe/imbalance_max"] for part in different)
+    return joined
