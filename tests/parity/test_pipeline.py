@@ -74,7 +74,7 @@ def rows_of(step: int) -> dict[str, Tensor]:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    return torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1, foreach=False)
 
 
 def divide_gradients(model: nn.Module, count: float) -> None:
