@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from trainwright.base.errors import ConfigError, MemoryLimitError
 from trainwright.base.text import align_columns, human_bytes
 
 if TYPE_CHECKING:
+    from trainwright.comm.layout import Layout
     from trainwright.config import Recipe
     from trainwright.memory import MemoryReport
     from trainwright.models import ModelConfig
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["memory"]
 
+DEGREES = ("tensor", "context", "expert", "stages")
 COLUMNS = ("parameters", "gathered", "gradients", "optimizer", "activations", "transfers")
 UNLIMITED = 1 << 60
 
@@ -37,18 +40,24 @@ def memory(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Predict the memory of a run for every ZeRO stage; nothing is built unless it is measured."""
+    """Predict the memory of a run for every ZeRO stage of its layout; nothing is built unless it is measured."""
     worlds = _worlds(ranks)
     from trainwright.config import load_recipe
 
     subject = _subject(load_recipe(recipe, list(overrides or ())))
-    rows = _predictions(subject, worlds)
+    rows, refused = _predictions(subject, worlds)
     if as_json:
         counted = {"counted": _measured(subject)[0].to_dict()} if measure else {}
-        found = {"micro_batch": subject.settings.micro_rows, "predicted": rows, "problem": subject.problem, **counted}
+        found = {
+            "micro_batch": subject.settings.micro_rows,
+            "predicted": rows,
+            "refused": {str(world): reason for world, reason in refused.items()},
+            "problem": subject.problem,
+            **counted,
+        }
         print(json.dumps(found, ensure_ascii=False))
         return
-    _show(subject, rows)
+    _show(subject, rows, refused)
     if measure:
         report, predicted = _measured(subject)
         print(f"\ncounted in this process after a backward pass\n{report.table(predicted)}")
@@ -56,13 +65,15 @@ def memory(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is predicted. problem: why the run as it is would be refused, if it would. batch_rows: of a step."""
+    """What is predicted. batch_rows: of a step. layout: on the fewest ranks that its degrees take. problem: why the run
+    as it is would be refused, if it would."""
 
     recipe: Recipe
     config: ModelConfig
     facts: ModelFacts
     settings: MemorySettings
     batch_rows: int
+    layout: Layout
     problem: str | None
 
 
@@ -78,11 +89,9 @@ def _worlds(text: str) -> list[int]:
 
 def _subject(loaded: Any) -> _Subject:
     """Settle what decides about memory, as training would, but without refusing what does not fit."""
-    from dataclasses import replace
-
     from trainwright.data import build_spec
-    from trainwright.models import count_flops, count_parameters
-    from trainwright.planner import ModelFacts, resolve
+    from trainwright.planner import resolve
+    from trainwright.planner.model_facts import model_facts
     from trainwright.trainer.estimate import estimate_data
     from trainwright.trainer.model_section import model_source
     from trainwright.trainer.settle import machine_facts
@@ -90,23 +99,26 @@ def _subject(loaded: Any) -> _Subject:
     source = model_source(loaded.recipe.model)
     data = estimate_data(build_spec(loaded.recipe.data, model_tokenizer=source.tokenizer))
     config = source.config_for(data.vocab_size, data.sequence_length)
-    facts = ModelFacts(
-        parameters=count_parameters(config),
-        flops_per_token=count_flops(config, data.sequence_length),
-        layers=config.num_layers,
-        width=config.hidden_size,
-        vocab_size=config.vocab_size,
-    )
-    machine = machine_facts()
+    facts = model_facts(config, data.sequence_length)
+    # The fewest ranks that the degrees of the recipe take: one, unless the model is divided.
+    machine = replace(machine_facts(), ranks=loaded.recipe.parallel.model_ranks * _experts(loaded.recipe))
     problem = None
     try:
         plan = resolve(loaded.recipe, machine, data, facts)
     except MemoryLimitError as error:
         problem = str(error)
-        plan = resolve(loaded.recipe, replace(machine, memory_bytes=UNLIMITED), data, facts)
+        plan = resolve(loaded.recipe, replace(machine, memory_bytes=UNLIMITED, host_bytes=None), data, facts)
     recipe = loaded.resolve(plan.updates()).recipe
     settings = _settings(recipe, plan.micro_rows, data.sequence_length, host_is_device=machine.kind != "cuda")
-    return _Subject(recipe, config, facts, settings, plan.batch_rows, problem)
+    return _Subject(recipe, config, facts, settings, plan.batch_rows, plan.layout, problem)
+
+
+def _experts(recipe: Recipe) -> int:
+    """Ranks that the experts need beyond those of sequences: expert and context ranks may be the same."""
+    expert, context = recipe.parallel.expert, recipe.parallel.context
+    if expert == "auto" or context == "auto":
+        return 1
+    return math.lcm(expert, context) // context
 
 
 def _settings(recipe: Recipe, micro_rows: int, sequence_length: int, *, host_is_device: bool) -> MemorySettings:
@@ -128,49 +140,78 @@ def _settings(recipe: Recipe, micro_rows: int, sequence_length: int, *, host_is_
     ).with_recompute(section.recompute if isinstance(section.recompute, str) else section.recompute.every)
 
 
-def _predictions(subject: _Subject, worlds: list[int]) -> list[dict[str, int]]:
-    """One row for each number of ranks and stage; a process on its own has no stages."""
-    from dataclasses import asdict, replace
+def _predictions(subject: _Subject, worlds: list[int]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """One row for each number of ranks and stage, and why there is none for a number that cannot form the layout."""
+    from dataclasses import asdict
 
     from trainwright.planner.memory import predict_rank_memory
+    from trainwright.planner.wire import wire_bytes
 
-    rows = []
-    wanted = subject.recipe.parallel
+    rows, refused = [], {}
     for world in worlds:
-        for zero in range(4) if world > 1 else range(1):
-            shard = wanted.shard if isinstance(wanted.shard, int) and world % wanted.shard == 0 else world
-            accumulate, gather = "local" if zero < 2 else "sharded", "step" if zero < 3 else "micro_batch"
-            if zero >= 2 and wanted.accumulate != "auto":
-                accumulate = wanted.accumulate
-            if zero == 3 and wanted.gather != "auto":
-                gather = wanted.gather
-            settings = replace(
-                subject.settings,
-                zero=zero,
-                shard=shard if zero else 1,
-                micro_batches=max(1, subject.batch_rows // (subject.settings.micro_rows * world)),
-                accumulate=accumulate,
-                gather=gather,
-            )
+        try:
+            layouts = _layouts(subject, world)
+        except ConfigError as error:
+            refused[world] = error.message
+            continue
+        for layout in layouts:
+            passes = max(1, subject.batch_rows // (subject.settings.micro_rows * layout.rows))
+            settings = replace(subject.settings, micro_batches=passes).under(layout)
             memory = predict_rank_memory(subject.facts, settings)
-            rows.append({"ranks": world, "zero": zero, **asdict(memory), "total": memory.device})
-    return rows
+            sent = sum(wire_bytes(subject.facts, settings, layout, wire=subject.recipe.comm.wire).values())
+            degrees = {name: getattr(layout, name) for name in ("tensor", "context", "expert")}
+            shape = {"ranks": world, "zero": layout.zero, **degrees, "stages": layout.pipeline.stages}
+            rows.append({**shape, **asdict(memory), "total": memory.device, "sent": sent})
+    return rows, refused
 
 
-def _show(subject: _Subject, rows: list[dict[str, int]]) -> None:
+def _layouts(subject: _Subject, world: int) -> list[Layout]:
+    """The layout of the recipe at every ZeRO stage that so many ranks can have; ranks on their own have no stages."""
+    from trainwright.planner.legality import check_layout
+
+    wanted = subject.recipe.parallel
+    data = wanted.row_ranks(world) * subject.layout.context
+    found = []
+    for zero in range(4) if data > 1 else range(1):
+        shard = wanted.shard if isinstance(wanted.shard, int) and data % wanted.shard == 0 else data
+        accumulate, gather = "local" if zero < 2 else "sharded", "step" if zero < 3 else "micro_batch"
+        if zero >= 2 and wanted.accumulate != "auto":
+            accumulate = wanted.accumulate
+        if zero == 3 and wanted.gather != "auto":
+            gather = wanted.gather
+        layout = subject.layout.draft(
+            world,
+            zero,
+            shard if zero else 1,
+            accumulate=accumulate,
+            gather=gather,
+            **{name: getattr(subject.layout, name) for name in ("tensor", "context", "ulysses", "expert", "pipeline")},
+        )
+        found.append(check_layout(layout, subject.facts))
+    return found
+
+
+def _show(subject: _Subject, rows: list[dict[str, Any]], refused: dict[int, str]) -> None:
     settings = subject.settings
     print(
         f"{subject.facts.parameters:,} parameters, {settings.precision}, {settings.optimizer},"
         f" recompute {settings.recompute}; {settings.micro_rows} x {settings.sequence_length} tokens at a time\n"
     )
-    away = [kind for kind in ("host", "disk") if any(row[kind] for row in rows)]
-    table: list[list[str]] = [["ranks", "zero", *COLUMNS, "each rank", *away]]
+    away = [kind for kind in ("host", "disk", "sent") if any(row[kind] for row in rows)]
+    degrees = [name for name in DEGREES if any(row[name] > 1 for row in rows)]
+    table: list[list[str]] = [["ranks", "zero", *degrees, *COLUMNS, "each rank", *away]]
     for row in rows:
         sizes = [human_bytes(row[kind]) for kind in (*COLUMNS, "total", *away)]
-        table.append([str(row["ranks"]), str(row["zero"]), *sizes])
+        table.append([*(str(row[name]) for name in ("ranks", "zero", *degrees)), *sizes])
     print("\n".join(align_columns(table, right=range(len(table[0])))))
+    if any(row["sent"] for row in rows):
+        print("\nsent: by each rank, per step")
+    for reason in refused.values():
+        print(f"\n{reason}")
     if subject.problem is not None:
-        print(f"\non this machine, in one process, this would be refused:\n{subject.problem}")
+        ranks = subject.layout.world
+        where = "in one process" if ranks == 1 else f"on each of {ranks} ranks"
+        print(f"\non this machine, {where}, this would be refused:\n{subject.problem}")
 
 
 def _measured(subject: _Subject) -> tuple[MemoryReport, dict[str, int]]:

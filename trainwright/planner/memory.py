@@ -36,6 +36,9 @@ EAGER_BYTES = 94.0
 """none, without the compiler, which fuses what lies between matrix products (counted under autocast: llama-5m 94,
 llama-34m 98; compiled llama-34m 56)."""
 
+ENTERING_BYTES = 4.0
+"""Of none: the inputs of attention and MLP, which tensor ranks gather and keep whole; all else they divide."""
+
 WIDE_INPUT_BYTES = 4.0
 """full, where autocast leaves embeddings and with them the residual stream in fp32."""
 
@@ -272,13 +275,16 @@ def _activations(model: ModelFacts, settings: MemorySettings, part: RankPart, st
     every = settings.recompute if isinstance(settings.recompute, int) else 1
     kind = "full" if isinstance(settings.recompute, int) else settings.recompute
     plain = (ACTIVATION_BYTES["none"] if settings.compiled else EAGER_BYTES) + _routed_bytes(model)
+    plain += ENTERING_BYTES * (division.tensor - 1)  # in units of a tensor rank's share, as all below
     reduced = plain if kind == "none" else ACTIVATION_BYTES[kind]
     sharded = settings.zero > 0 and settings.shard > 1
     if kind == "full" and settings.precision in AUTOCAST and not sharded:
         reduced = WIDE_INPUT_BYTES
     passes, layers = 1, part.layers
     if division.stages > 1:
-        passes = parts_in_flight(division.schedule, division.stages, division.virtual, settings.run or settings.micro_batches, stage)
+        passes = parts_in_flight(
+            division.schedule, division.stages, division.virtual, settings.run or settings.micro_batches, stage
+        )
         layers = part.part_layers
     again = -(-layers // every) if kind != "none" else 0
     kept = passes * unit * ((layers - again) * plain + again * reduced)

@@ -70,7 +70,7 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
             step_seconds=trained / rate,
             total_seconds=tokens / rate,
             memory={**memory.kinds(), "total": memory.device},
-            wire=wire_bytes(model, divided.settings, layout),
+            wire=wire_bytes(model, divided.settings, layout, wire=recipe.comm.wire),
         ),
         layout=layout,
     )

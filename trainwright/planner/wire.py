@@ -14,15 +14,18 @@ from trainwright.planner.memory import MemorySettings, state_widths
 
 __all__ = ["wire_bytes"]
 
-GRADIENT_BYTES = 4.0  # comm.wire: fp32
+WIRE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
+AGAIN = {"none": 1.0, "selective": 1.25, "full": 1.5}
+"""What recomputing sends beside a forward and a backward pass, relative to them: selective what enters a linear."""
 
 
-def wire_bytes(model: ModelFacts, settings: MemorySettings, layout: Layout) -> dict[str, int]:
+def wire_bytes(model: ModelFacts, settings: MemorySettings, layout: Layout, *, wire: str = "auto") -> dict[str, int]:
     """Axis -> bytes that a rank in the middle of the pipeline sends per optimizer step; axes that send nothing are not
     named.
 
     Args:
         settings: sizes of the passes, number formats and recomputing; its division is the layout's.
+        wire: the type in which gradients travel; auto is the one in which they were computed.
     """
     element = 4.0 if settings.precision == "fp32" else 2.0
     stage = layout.pipeline.stages // 2
@@ -31,9 +34,11 @@ def wire_bytes(model: ModelFacts, settings: MemorySettings, layout: Layout) -> d
     hidden = tokens * model.width * element
     # A rank's blocks each see every micro-batch; a recomputed block sends what its forward pass sends once more.
     passes = settings.micro_batches * part.layers
-    again = 1.0 if settings.recompute == "none" else 1.5
+    recompute = settings.recompute
+    again = 1.0 + 0.5 / recompute if isinstance(recompute, int) else AGAIN[recompute]
+    gradient = WIRE_BYTES.get(wire, element)
     found = {
-        "state": _state(part.parameters, settings, layout),
+        "state": _state(part.parameters, gradient, settings, layout),
         "tensor": again * passes * 8 * hidden * _others(layout.tensor),
         "context": passes * _context(model, settings, layout, tokens * element),
         "expert": again * passes * _experts(model, layout, hidden),
@@ -46,17 +51,17 @@ def _others(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _state(parameters: float, settings: MemorySettings, layout: Layout) -> float:
+def _state(parameters: float, gradient: float, settings: MemorySettings, layout: Layout) -> float:
     """Gradients and parameters between the ranks that hold the same part of the model."""
     if layout.data == 1:
         return 0.0
     if not layout.is_sharded:
-        return 2 * GRADIENT_BYTES * parameters * _others(layout.data)
+        return 2 * gradient * parameters * _others(layout.data)
     widths = state_widths(settings.precision, settings.optimizer, update=settings.update, sharded=True)
     gathers = 1 if layout.gather == "step" else 2 * settings.micro_batches
     reductions = 1 if layout.accumulate == "local" else settings.micro_batches
-    inside = (gathers * widths.whole + reductions * GRADIENT_BYTES) * parameters * _others(layout.shard)
-    across = 2 * GRADIENT_BYTES * reductions * parameters / layout.shard * _others(layout.replicas)
+    inside = (gathers * widths.whole + reductions * gradient) * parameters * _others(layout.shard)
+    across = 2 * gradient * reductions * parameters / layout.shard * _others(layout.replicas)
     return inside + across
 
 

@@ -83,3 +83,21 @@ def test_numbers_of_ranks_are_checked(recipe: str, capsys: pytest.CaptureFixture
     for wrong in ("two", "0", ""):
         assert main(["memory", recipe, "--ranks", wrong]) == 2
         assert "--ranks" in capsys.readouterr().err
+
+
+def test_a_layout_is_predicted_on_the_ranks_that_can_form_it(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    divided = ["parallel.tensor=2", "parallel.pipeline=2"]
+    assert main(["memory", recipe, *divided, "--ranks", "2,4,8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = found["predicted"]
+    assert [(row["ranks"], row["zero"]) for row in rows] == [(4, 0), (8, 0), (8, 1), (8, 2), (8, 3)]
+    assert {(row["tensor"], row["stages"], row["context"]) for row in rows} == {(2, 2, 1)}
+    assert "needs a multiple of 4 processes, and there are 2" in found["refused"]["2"]
+    assert main(["memory", recipe, "--ranks", "4", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)["predicted"][0]
+    assert rows[0]["optimizer"] < 0.45 * whole["optimizer"]
+    assert rows[0]["sent"] > 0
+    assert main(["memory", recipe, *divided, "--ranks", "4"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[2].split()[:4] == ["ranks", "zero", "tensor", "stages"]
+    assert "sent: by each rank, per step" in out

@@ -144,9 +144,11 @@ def activations(**degrees: object) -> int:
 def test_activations_fall_with_tensor_and_context_and_follow_the_schedule() -> None:
     plain = activations()
     assert plain == 8192 * 4096 * 56 * 32
+    entering = 8192 * 4096 * 4 * 32  # tensor ranks gather the inputs of attention and MLP, and keep them
     for degree in (2, 4, 8):
-        assert activations(tensor=degree) == activations(context=degree) == plain / degree
-    assert activations(tensor=2, context=4) == plain / 8
+        assert activations(context=degree) == plain / degree
+        assert activations(tensor=degree) == (plain - entering) / degree + entering
+    assert activations(tensor=2, context=4) == activations(tensor=2) / 4
     even = (8, 16, 24)
     assert activations(stages=4, schedule="1f1b", cuts=even) == plain  # 4 passes of a quarter of the blocks
     assert activations(stages=4, schedule="gpipe", cuts=even) == 4 * plain  # 16 passes
@@ -200,10 +202,12 @@ HIDDEN = 8192 * 4096 * 2  # bytes of the activations of one row in bf16
 def test_bytes_on_the_wire_are_the_textbook_volumes() -> None:
     psi = LLAMA.parameters
     assert wired(Layout(1, 0, 1)) == {}
-    assert wired(Layout(4, 0, 1)) == {"state": round(2 * 4 * psi * 3 / 4)}
-    assert wired(Layout(4, 1, 4)) == {"state": round((2 + 4) * psi * 3 / 4)}
+    assert wired(Layout(4, 0, 1)) == {"state": round(2 * 2 * psi * 3 / 4)}
+    assert wired(Layout(4, 1, 4)) == {"state": round((2 + 2) * psi * 3 / 4)}
     three = Layout(4, 3, 4, "sharded", "micro_batch")
-    assert wired(three) == {"state": round(4 * (2 * 2 + 4) * psi * 3 / 4)}
+    assert wired(three) == {"state": round(4 * (2 * 2 + 2) * psi * 3 / 4)}
+    wide = wire_bytes(LLAMA, replace(PLAIN, precision="fp32").under(Layout(4, 1, 4)), Layout(4, 1, 4), wire="bf16")
+    assert wide == {"state": round((4 + 2) * psi * 3 / 4)}
     # Four all-reduces' worth for a block and micro-batch, in halves of (n - 1) / n.
     assert wired(Layout(4, 0, 1, tensor=4)) == {"tensor": round(4 * 32 * 8 * HIDDEN * 3 / 4)}
     assert wired(Layout(4, 0, 1, tensor=4), recompute="full")["tensor"] == round(1.5 * 4 * 32 * 8 * HIDDEN * 3 / 4)
