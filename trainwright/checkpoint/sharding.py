@@ -6,6 +6,7 @@ uneven size or empty; on meshes of more dimensions (FSDP2 with tensor parallelis
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -63,7 +64,7 @@ def boxes_of(tensor: torch.Tensor, name: str) -> tuple[Box, ...]:
     if coordinate is None:  # this rank is not in the mesh
         return ()
     shape, boxes = local_boxes(tuple(tensor.shape), tuple(layout.device_mesh.shape), coordinate, layout.placements)
-    if shape != local:
+    if shape != local and not 0 == math.prod(shape) == math.prod(local):  # FSDP2 is free with the shape of nothing
         raise CheckpointError(
             f"tensor {name!r}: its local part has the shape {list(local)}, expected {list(shape)}: it is a tensor of "
             f"shape {list(tensor.shape)} with {layout.placements} on a mesh of {list(layout.device_mesh.shape)}"

@@ -46,14 +46,10 @@ def _local_boxes(
     shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[Any, ...]
 ) -> tuple[tuple[int, ...], tuple[Box, ...]]:
     runs: list[Runs] = [[(0, size)] if size else [] for size in shape]
-    for ranks, mine, placement in zip(mesh, coordinate, placements, strict=True):
-        if placement.is_replicate():
-            continue
-        # _StridedShard: another mesh dimension cut first, into `split_factor` pieces; each of them is cut here.
-        pieces = int(getattr(placement, "split_factor", 1))
-        whole = runs[placement.dim]
-        runs[placement.dim] = [
-            run for piece in range(pieces) for run in _part(_part(whole, pieces, piece), ranks, mine)
+    for i, dim, pieces in _cuts(mesh, placements):
+        whole = runs[dim]
+        runs[dim] = [
+            run for piece in range(pieces) for run in _part(_part(whole, pieces, piece), mesh[i], coordinate[i])
         ]
     local_shape = tuple(sum(count for _, count in dim) for dim in runs)
     starts = [list(itertools.accumulate((count for _, count in dim), initial=0)) for dim in runs]
@@ -63,6 +59,27 @@ def _local_boxes(
         at = tuple(dim[i] for dim, i in zip(starts, chosen, strict=True))
         boxes.append(Box(tuple(first for first, _ in picked), tuple(count for _, count in picked), at))
     return local_shape, tuple(boxes)
+
+
+def _cuts(mesh: tuple[int, ...], placements: tuple[Any, ...]) -> list[tuple[int, int, int]]:
+    """(mesh dimension, tensor dimension, pieces that are cut each for itself), in the order in which cuts are made.
+
+    FSDP2 cuts what tensor parallelism left to a rank, but stands before it in the mesh. Its placement says so
+    (`_StridedShard`: later dimensions of the mesh make `split_factor` pieces, and each of them is cut); taken in that
+    order, sizes that do not divide come out as they are in memory, too.
+    """
+    cuts: list[tuple[int, int, int]] = []
+    last: list[tuple[int, int, int]] = []
+    for i, placement in enumerate(placements):
+        if placement.is_replicate():
+            continue
+        pieces = int(getattr(placement, "split_factor", 1))
+        later = [j for j in range(i + 1, len(mesh)) if getattr(placements[j], "dim", None) == placement.dim]
+        if pieces > 1 and math.prod(mesh[j] for j in later) == pieces:
+            last.insert(0, (i, placement.dim, 1))
+        else:
+            cuts.append((i, placement.dim, pieces))
+    return cuts + last
 
 
 def _part(runs: Runs, parts: int, index: int) -> Runs:
