@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["grouped_matmul", "grouped_matmul_reference"]
+__all__ = ["GroupedKernel", "grouped_matmul", "grouped_matmul_reference"]
 
 _ALIGNMENT = 16
 """Bytes; the kernel reads rows whose length is a multiple of this."""
@@ -33,8 +33,9 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if x.is_meta:
         return x.new_empty(x.shape[0], weight.shape[1]) + 0 * (x.sum() + weight.sum())
     if _has_kernel(x, weight):
-        return F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
-    out: Tensor = _Loop.apply(x, weight, counts.tolist())
+        out: Tensor = GroupedKernel.apply(x, weight, counts.cumsum(0, dtype=torch.int32))
+    else:
+        out = _Loop.apply(x, weight, counts.tolist())
     return out
 
 
@@ -49,6 +50,29 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
         return False
     aligned = all(size * x.element_size() % _ALIGNMENT == 0 for size in weight.shape[1:])
     return aligned and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+class GroupedKernel(torch.autograd.Function):
+    """torch's grouped product in all three places. ends [G], int32: where each group's rows end.
+
+    torch's own gradient of it takes the gradient that comes as it lies in memory, which the kernel refuses where it has
+    no memory of its own (an expanded one).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight, ends)
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, ends = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        to_x = F.grouped_mm(gradient, weight, offs=ends) if needs_x else None
+        to_weight = F.grouped_mm(gradient.t(), x, offs=ends) if needs_weight else None
+        return to_x, to_weight, None
 
 
 class _Loop(torch.autograd.Function):
