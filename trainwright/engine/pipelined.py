@@ -24,6 +24,7 @@ class Pipelined:
             mesh.pipeline,
             device=mesh.ranks.device,
             autocast=engine.autocast,
+            layout=mesh.layout,
             sequence_parts=mesh.tensor.size,
             residual=engine.precision.parameter_dtype,
             prepare=engine.prepare,
