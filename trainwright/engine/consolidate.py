@@ -26,6 +26,7 @@ from trainwright.comm import Ranks
 from trainwright.comm.boxes import Box, narrow
 from trainwright.engine.engine import Engine
 from trainwright.models.exporting import WeightSource
+from trainwright.models.weights import kept_tensors
 from trainwright.parallel.pipeline import alias_parameters
 
 __all__ = ["readable_weights"]
@@ -35,7 +36,8 @@ _DONE = -1
 
 @contextlib.contextmanager
 def readable_weights(engine: Engine) -> Iterator[WeightSource | None]:
-    """The model's parameters to read on rank 0; None on the others, which answer until rank 0 leaves the context.
+    """The model's parameters and kept buffers to read on rank 0; None on the others, which answer until rank 0 leaves
+    the context.
 
     A collective of all ranks: each enters the context, and those that got None do nothing inside. What rank 0 reads is
     on the host where other ranks take part.
@@ -45,7 +47,7 @@ def readable_weights(engine: Engine) -> Iterator[WeightSource | None]:
     """
     engine.data_parallel.drop_gathered()
     aliases = alias_parameters(engine.model)  # copies of what another stage of the pipeline answers for
-    tensors = {name: p.detach() for name, p in engine.model.named_parameters() if name not in aliases}
+    tensors = {name: t.detach() for name, t in kept_tensors(engine.model).items() if name not in aliases}
     parts = _Parts(engine.ranks, tensors)
     if not engine.ranks.is_first:
         parts.answer()

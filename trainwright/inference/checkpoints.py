@@ -8,7 +8,7 @@ import torch
 
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint import load_checkpoint
-from trainwright.models import Decoder, build_model
+from trainwright.models import Decoder, build_model, kept_tensors
 from trainwright.models.fields import config_from_fields
 
 __all__ = ["load_checkpointed_model"]
@@ -27,13 +27,14 @@ def load_checkpointed_model(path: Path, *, dtype: torch.dtype | None = None) -> 
         config, weights = config_from_fields(meta["model"]), dict(state["engine"]["model"])
     except KeyError as error:
         raise CheckpointError(f"{path} holds no model ({error.args[0]!r} is missing)") from error
+    # Of parameters: buffers are made in the type that they need.
     trained_dtype = next(iter(weights.values())).dtype
     weights.update(state["engine"].get("ema", {}).get("averages", {}))
     model = build_model(config, device="meta", dtype=dtype or trained_dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in kept_tensors(model).items():
             if name not in weights or weights[name].shape != parameter.shape:
                 raise CheckpointError(f"{path}: {name} is missing or not of shape {list(parameter.shape)}")
             parameter.copy_(weights[name])

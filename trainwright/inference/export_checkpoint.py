@@ -15,7 +15,7 @@ import torch
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint import CheckpointReader
 from trainwright.checkpoint.tensors import torch_dtype
-from trainwright.models import build_model
+from trainwright.models import build_model, kept_tensors
 from trainwright.models.exporting import WeightSource, save_weights
 from trainwright.models.fields import config_from_fields
 from trainwright.models.registry import ModelConfig
@@ -80,7 +80,7 @@ def _model_in(reader: CheckpointReader) -> tuple[ModelConfig, WeightSource]:
     trained = dict(stored)
     stored.update(names["engine"].get("ema", {}).get("averages", {}))
     entries, dtypes = {}, {}
-    for name, parameter in build_model(config, device="meta").named_parameters():
+    for name, parameter in kept_tensors(build_model(config, device="meta")).items():
         entry = reader.manifest.tensors.get(str(stored.get(name)))
         if entry is None or entry.shape != tuple(parameter.shape):
             raise CheckpointError(f"{reader.path}: {name} is missing or not of shape {list(parameter.shape)}")
