@@ -163,6 +163,10 @@ def _model_problems(layout: Layout, model: ModelFacts, batch: BatchFacts | None)
     config = None if shape is None else shape.config
     if layout.tensor > 1 and config is not None:
         yield from tensor_problems(model_plan(config), layout.tensor)
+    if layout.tensor > 1 and batch is not None and batch.sequence_length % layout.context == 0:
+        here = batch.sequence_length // layout.context
+        if here % layout.tensor:
+            yield f"rows of {here} tokens on a context rank cannot be divided over parallel.tensor {layout.tensor}"
     divides_heads = config is not None and config.num_heads % layout.tensor == 0
     if layout.context > 1 and divides_heads and layout.context % layout.ulysses == 0:
         length = None if batch is None else batch.sequence_length

@@ -7,6 +7,8 @@ n ranks sends V (n - 1) / n from each to gather or to scatter, twice that to sum
 
 from __future__ import annotations
 
+import math
+
 from trainwright.comm.layout import Layout
 from trainwright.planner.division import rank_part, shape_of
 from trainwright.planner.facts import ModelFacts
@@ -40,7 +42,7 @@ def wire_bytes(model: ModelFacts, settings: MemorySettings, layout: Layout, *, w
     found = {
         "state": _state(part.parameters, gradient, settings, layout),
         "tensor": again * passes * 8 * hidden * _others(layout.tensor),
-        "context": passes * _context(model, settings, layout, tokens * element),
+        "context": passes * _context(model, settings, layout, element) * tokens,
         "expert": again * passes * _experts(model, layout, hidden),
         "pipeline": _pipeline(settings, layout, hidden),
     }
@@ -65,17 +67,19 @@ def _state(parameters: float, gradient: float, settings: MemorySettings, layout:
     return inside + across
 
 
-def _context(model: ModelFacts, settings: MemorySettings, layout: Layout, per_feature: float) -> float:
-    """One block, one micro-batch: heads are exchanged for positions, then keys and values go round the ring."""
+def _context(model: ModelFacts, settings: MemorySettings, layout: Layout, element: float) -> float:
+    """Per token of a context rank, block and micro-batch: heads are exchanged for positions, then keys and values go
+    round the ring."""
     shape = shape_of(model, settings.block_parameters)
-    queries = shape.heads * shape.head_width / layout.tensor
-    keys = shape.kv_heads * shape.head_width / min(layout.tensor, shape.kv_heads)
+    queries = shape.heads // layout.tensor
+    keys = max(1, shape.kv_heads // layout.tensor)
+    repeated = math.lcm(keys, layout.ulysses)  # heads that the ranks do not divide are repeated until they do
     # q, k, v to heads and the output back; their gradients the other way.
-    exchanged = 2 * (2 * queries + 2 * keys) * _others(layout.ulysses)
-    # k and v forward; k, v and their gradients backward; each rank sends on what it has, ring - 1 times.
+    exchanged = 2 * (2 * queries + 2 * repeated) * element * _others(layout.ulysses)
+    # k and v forward and once more backward, and their gradients, which are sums in fp32: ring - 1 hops each.
     ring = layout.context // layout.ulysses
-    sent = 3 * 2 * keys * (ring - 1)
-    return per_feature * (exchanged + sent)
+    sent = 2 * repeated * (2 * element + 4.0) * (ring - 1)
+    return shape.head_width * (exchanged + sent)
 
 
 def _experts(model: ModelFacts, layout: Layout, hidden: float) -> float:

@@ -198,6 +198,13 @@ def test_cuts_beyond_the_model_are_refused() -> None:
     assert layout_problems(layout, GROUPED) == ["parallel.pipeline.cuts [9] go beyond the 8 blocks"]
 
 
+def test_tensor_ranks_divide_the_tokens_between_blocks() -> None:
+    layout = Layout(4, 0, 1, tensor=2, context=2)
+    assert layout_problems(layout, GROUPED, BatchFacts(2, 1, 1024)) == []
+    odd = layout_problems(layout, GROUPED, BatchFacts(2, 1, 1026))
+    assert "rows of 513 tokens on a context rank cannot be divided over parallel.tensor 2" in odd
+
+
 def test_scale_is_no_obstacle() -> None:
     model = model_facts(preset("llama-70b"), 8192)
     draft = Layout.draft(16384, 3, 128, tensor=16, pipeline=PipelineLayout(12, "interleaved", 5))
