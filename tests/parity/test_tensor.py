@@ -18,7 +18,6 @@ from trainwright.ops.linear_cross_entropy import LossSums
 from trainwright.parallel.tensor import apply_tensor, sum_partial_gradients
 from trainwright.testing import run_ranks, tiny_gpt2_config, tiny_llama_config
 
-TOLERANCE = 1e-5  # relative, of fp32 sums in another order
 ROWS, LENGTH = 4, 24
 
 # What each variant adds: heads that divide, untied; tied with q/k norms; biases on every linear and a vocabulary that
@@ -36,6 +35,9 @@ CONFIGS: dict[str, Callable[[], ModelConfig]] = {
         )
     ),
     "gpt2": lambda: GPT2Config(**tiny_gpt2_config(vocab_size=131)),
+    "gpt2-dropout": lambda: GPT2Config(
+        **tiny_gpt2_config(embd_dropout=0.1, attn_dropout=0.1, resid_dropout=0.1, num_heads=8)
+    ),
     "gpt2-bare": lambda: GPT2Config(**tiny_gpt2_config(bias=False, tie_embeddings=False)),
 }
 
@@ -59,6 +61,7 @@ def batch(config: ModelConfig, seed: int, rows: int = ROWS, length: int = LENGTH
 
 
 def loss_sums(model: Decoder, ids: Tensor, labels: Tensor, documents: Tensor) -> LossSums:
+    model.set_dropout(seed=3, rows=torch.arange(len(ids)))
     hidden = model.hidden_states(ids, document_ids=documents)
     assert hidden.shape[:2] == ids.shape, "from outside the model is whole"
     return model.head_loss(hidden.flatten(0, 1), labels.flatten(), label_smoothing=0.1, z_loss=1e-3)
@@ -103,10 +106,10 @@ def train(model: Decoder, config: ModelConfig, steps: int, finish: Callable[[], 
     return losses
 
 
-def check_one(kind: str, axis: Axis) -> dict[str, Any]:
+def check_one(kind: str, axis: Axis, dtype: torch.dtype) -> dict[str, Any]:
     config = CONFIGS[kind]()
-    reference = build_model(config, seed=1)
-    model = apply_tensor(build_model(config, seed=1), axis)
+    reference = build_model(config, seed=1, dtype=dtype)
+    model = apply_tensor(build_model(config, seed=1, dtype=dtype), axis)
     assert isinstance(model, Decoder)
     parameters = list(model.parameters())
 
@@ -124,8 +127,11 @@ def check_one(kind: str, axis: Axis) -> dict[str, Any]:
     found["whole gradients"] = all(p.grad.placements == p.placements for p in parameters)  # type: ignore[union-attr]
     for each in (model, reference):
         each.zero_grad()
+        each.eval()
     found["logits"] = [logits_apart(model, reference, config, tokens) for tokens in (LENGTH, 7, 1)]
     found["generated"] = generated_apart(model, reference, config)
+    for each in (model, reference):
+        each.train()
     steps = [train(model, config, 20, finish), train(reference, config, 20, lambda: None)]
     found["losses"] = max(abs(a / b - 1) for a, b in zip(*steps, strict=True))
     found["learned"] = steps[0][0] - steps[0][-1]
@@ -150,20 +156,32 @@ def generated_apart(model: Decoder, reference: Decoder, config: ModelConfig) -> 
     return furthest
 
 
-def parity_rank(rank: int, world: int, kinds: list[str]) -> dict[str, Any]:
+def parity_rank(rank: int, world: int, kinds: list[str], dtype: str) -> dict[str, Any]:
     axis = tensor_axis(rank, world)[1]
-    return {kind: check_one(kind, axis) for kind in kinds}
+    return {kind: check_one(kind, axis, getattr(torch, dtype)) for kind in kinds}
+
+
+def check(found: dict[str, Any], tolerance: float, drift: float) -> None:
+    """drift: of parameters over 20 steps, which AdamW moves by much where gradients are hardly more than rounding."""
+    assert found["sums"] < tolerance, found
+    assert found["gradients"][0] < tolerance, found
+    assert found["whole gradients"], found
+    assert max(found["logits"]) < tolerance, found
+    assert found["generated"] < tolerance, found
+    assert found["learned"] > 0.1, found
+    assert found["losses"] < tolerance, found
+    assert found["parameters"][0] < drift, found
 
 
 @pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_same_training(degree: int) -> None:
-    for result in run_ranks(parity_rank, degree, list(CONFIGS), timeout=300):
-        for kind, found in result.items():
-            assert found["sums"] < TOLERANCE, kind
-            assert found["gradients"][0] < TOLERANCE, (kind, found)
-            assert found["whole gradients"], kind
-            assert max(found["logits"]) < TOLERANCE, (kind, found)
-            assert found["generated"] < TOLERANCE, (kind, found)
-            assert found["learned"] > 0.1, kind
-            assert found["losses"] < TOLERANCE, (kind, found)
-            assert found["parameters"][0] < TOLERANCE, (kind, found)
+    for result in run_ranks(parity_rank, degree, list(CONFIGS), "float32", timeout=300):
+        for found in result.values():
+            check(found, 1e-5, 1e-4)
+
+
+def test_what_differs_is_rounding() -> None:
+    """In float64 twenty steps end in the same parameters to 1e-11."""
+    for result in run_ranks(parity_rank, 2, ["qwen3-three-kv", "gpt2-dropout"], "float64", timeout=120):
+        for found in result.values():
+            check(found, 1e-12, 1e-11)
