@@ -22,6 +22,7 @@ from trainwright.parallel.pipeline import (
     order_of_work,
     split_model,
 )
+from trainwright.parallel.tensor import apply_tensor
 from trainwright.tasks import CausalLM
 from trainwright.testing import run_ranks, tiny_gpt2_config, tiny_llama_config
 
@@ -32,7 +33,7 @@ TASK = CausalLM(z_loss=1e-4)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to train: a model, a schedule, and what ZeRO does inside the parts."""
+    """One way to train: a model, a schedule, and what divides the parts (`zero`: arguments of the layout)."""
 
     kind: str
     schedule: str
@@ -105,9 +106,15 @@ def alone(kind: str, steps: int) -> tuple[list[float], dict[str, Tensor], float]
 
 def over_pipeline(case: Case, mesh: Mesh, layout: PipelineLayout) -> dict[str, Any]:
     model = split_model(build(case.kind), mesh.pipeline, layout)
+    apply_tensor(model, mesh.tensor)
     data = apply_zero(model, mesh, ZeroOptions())
     runner = PipelineRunner(
-        model, mesh.pipeline, device=torch.device("cpu"), layout=mesh.layout, divide_backward=case.divide
+        model,
+        mesh.pipeline,
+        device=torch.device("cpu"),
+        layout=mesh.layout,
+        sequence_parts=mesh.tensor.size,
+        divide_backward=case.divide,
     )
     optimizer = optimizer_of(model)
     place, places = mesh.rows
@@ -124,7 +131,7 @@ def over_pipeline(case: Case, mesh: Mesh, layout: PipelineLayout) -> dict[str, A
             begin_backward=data.begin_backward,
             end_backward=data.end_backward,
         )
-        total = mesh.ranks.sum_(torch.stack([part.double() for part in sums]))
+        total = mesh.ranks.sum_(torch.stack([part.double() for part in sums])) / mesh.tensor.size
         losses.append(float(total[0] / total[1]))
         if step == 0:
             done = [(a.kind, a.part, a.micro_batch) for a in runner.actions if a.kind != "R"]
@@ -217,3 +224,11 @@ ZERO = [
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
 def test_two_stages_of_two_data_parallel_ranks_train_as_one(schedule: str) -> None:
     check([Case("gpt2", schedule, zero, micro_batches=4, steps=6) for zero in ZERO], world=4, stages=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_two_stages_of_two_tensor_parallel_ranks_train_as_one(kind: str) -> None:
+    halves = {"zero": 0, "shard": 1, "tensor": 2}
+    schedules = ("1f1b", "interleaved", "interleaved_zb", "zbv", "dualpipev")
+    check([Case(kind, schedule, halves, micro_batches=4, steps=6) for schedule in schedules], world=4, stages=2)
