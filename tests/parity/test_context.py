@@ -5,7 +5,6 @@ Gradients are summed over the ranks in the plainest way; how the engine does it 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainwright.comm.mesh import Axis
 from trainwright.models import Decoder, GPT2Config, LlamaConfig, build_model
-from trainwright.parallel.context import apply_context, cut_batch, gather_sequence
+from trainwright.parallel.context import apply_context, cut_batch
 from trainwright.tasks import CausalLM
 from trainwright.testing import run_ranks
 from trainwright.testing.models import tiny_gpt2_config, tiny_llama_config
@@ -99,7 +98,7 @@ def make(kind: str, wrap: Callable[[Decoder], None] | None = None) -> Decoder:
 
 
 def parity(rank: int, world: int, cases: list[tuple[str, bool]]) -> list[list[float]]:
-    """Per case and Ulysses degree: relative differences of losses, first gradients and last parameters, and learning."""
+    """Per case and Ulysses degree: relative differences of losses, first gradients, last parameters; and learning."""
     axis, found = whole_axis(), []
     for kind, documents in cases:
         alone = train(make(kind), lambda batch: batch, documents, lambda _: None, STEPS)
@@ -116,8 +115,8 @@ def check_parity(world: int) -> None:
     ways = [u for u in (1, 2, 4) if world % u == 0]
     for (case, ulysses), found in zip(itertools.product(CASES, ways), results[0], strict=True):
         losses, grads, parameters, learned = found
-        print(case, ulysses, found)
-        assert losses < 1e-5 and grads < 1e-5 and parameters < 1e-4, (case, ulysses, found)
+        # Measured on 2 and 4 ranks: losses to 3e-7, first gradients to 8e-7, parameters after 20 steps to 5e-6.
+        assert max(losses, grads, parameters) < 1e-5, (case, ulysses, found)
         assert learned > 0.3, (case, "learns, so that wrong gradients would show", found)
     assert all(result == results[0] for result in results), "ranks hold the same parameters"
 

@@ -1,5 +1,6 @@
 """Memory: what is computed again, kept elsewhere or counted, so that more fits and one knows why."""
 
+from trainwright.memory.chunked_mlp import apply_chunked_mlp
 from trainwright.memory.meter import ActivationMeter
 from trainwright.memory.offload import ActivationOffload, HostCopies, PinnedCopies
 from trainwright.memory.recompute import RecomputePolicy, apply_recompute, read_policy, remove_recompute
@@ -19,6 +20,7 @@ __all__ = [
     "ProcessMemory",
     "RecomputePolicy",
     "StateFile",
+    "apply_chunked_mlp",
     "apply_recompute",
     "count_memory",
     "place_state",

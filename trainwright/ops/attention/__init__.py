@@ -19,12 +19,13 @@ from trainwright.ops.attention.choose import (
 from trainwright.ops.attention.library import flex_attention, sdpa_attention
 from trainwright.ops.attention.masking import check_arguments
 from trainwright.ops.attention.merge import merge_parts
-from trainwright.ops.attention.partial import attention_part, attention_part_backward
+from trainwright.ops.attention.partial import DroppedWeights, attention_part, attention_part_backward
 from trainwright.ops.attention.plain import attention_reference, grouped_attention
 
 __all__ = [
     "BACKENDS",
     "BackendChoice",
+    "DroppedWeights",
     "attention",
     "attention_backend_reason",
     "attention_part",

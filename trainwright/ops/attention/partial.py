@@ -13,16 +13,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainwright.ops.attention import flash
-from trainwright.ops.attention.pairs import block_pairs, check_part, pair_mask, rectangles
+from trainwright.ops.attention.pairs import Rectangle, block_pairs, check_part, pair_mask, rectangles
+from trainwright.ops.dropout import keep_mask
 
-__all__ = ["attention_part", "attention_part_backward"]
+__all__ = ["DroppedWeights", "attention_part", "attention_part_backward"]
 
 Q_BLOCK, K_BLOCK = 256, 512
+
+
+class DroppedWeights(NamedTuple):
+    """Which attention weights are dropped out, as a function of query, head and key (`ops.dropout`).
+
+    p: the probability. keys: int64 [B, Hq, T], one for each query and head. places: int [B or 1, S], of the keys.
+    """
+
+    p: float
+    keys: Tensor
+    places: Tensor
+
+    def factor(self, area: Rectangle, kv_heads: int, dtype: torch.dtype) -> Tensor:
+        """What the weights of one block are multiplied by, 0 or 1 / (1 - p): [B, Hkv, G, queries, keys]."""
+        places = self.places[:, None, None, area.k0 : area.k1]
+        keep = keep_mask(self.keys[:, :, area.q0 : area.q1], places, self.p)
+        return (keep.to(dtype) * (1.0 / (1.0 - self.p))).unflatten(1, (kv_heads, -1))
 
 
 def attention_part(
@@ -36,6 +55,7 @@ def attention_part(
     k_documents: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    dropped: DroppedWeights | None = None,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of q [B, T, Hq, D] over a part of its keys, k and v [B, S, Hkv, D].
@@ -46,6 +66,7 @@ def attention_part(
         q_documents, k_documents: int [B, T] and [B, S]; a query sees keys of its own document.
         window: how far a query sees, its own position included.
         scale: default D ** -0.5.
+        dropped: weights that are dropped out after the softmax.
         compiled: fuse the steps between products by torch.compile.
 
     Returns:
@@ -60,10 +81,11 @@ def attention_part(
     if q.device.type == "meta":
         return q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide)
     areas = rectangles(q_positions, k_positions, window)
-    if q_documents is None and flash.is_usable(q, areas):
+    if q_documents is None and dropped is None and flash.is_usable(q, areas):
         return flash.forward(q, k, v, areas, window, scale)
     kernel = _compiled(_forward_block) if compiled else _forward_block
     queries, keys, values = _heads_first(q, k.shape[2]), _heads_first(k), _heads_first(v)
+    kv_heads = k.shape[2]
     out = torch.zeros(queries.shape, dtype=wide, device=q.device)
     lse = torch.full(queries.shape[:-1], -math.inf, dtype=wide, device=q.device)
     areas = rectangles(q_positions, k_positions, window, Q_BLOCK, K_BLOCK)
@@ -77,7 +99,8 @@ def attention_part(
         for pair in pairs:
             inside = slice(pair.area.k0, pair.area.k1)
             mask = pair_mask(pair, window, q_documents, k_documents, q.device)
-            state = kernel(rows, keys[:, :, inside], values[:, :, inside], mask, *state, scale)
+            factor = None if dropped is None else dropped.factor(pair.area, kv_heads, wide)
+            state = kernel(rows, keys[:, :, inside], values[:, :, inside], mask, factor, *state, scale)
         total, highest, sums = state
         out[:, :, :, q0:q1] = total / (sums + (sums == 0))
         lse[:, :, :, q0:q1] = (highest + sums.log()).squeeze(-1)
@@ -98,6 +121,7 @@ def attention_part_backward(
     k_documents: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    dropped: DroppedWeights | None = None,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This part's share of the gradients of q, k and v, in their shapes and at least fp32.
@@ -111,7 +135,7 @@ def attention_part_backward(
     if q.device.type == "meta":
         return (q.new_empty(q.shape, dtype=wide), k.new_empty(k.shape, dtype=wide), v.new_empty(v.shape, dtype=wide))
     areas = rectangles(q_positions, k_positions, window)
-    if q_documents is None and flash.is_usable(q, areas):
+    if q_documents is None and dropped is None and flash.is_usable(q, areas):
         return flash.backward(grad_out, q, k, v, out, lse, areas, window, scale)
     kernel = _compiled(_backward_block) if compiled else _backward_block
     kv_heads = k.shape[2]
@@ -129,7 +153,9 @@ def attention_part_backward(
         for pair in pairs:
             inside = slice(pair.area.k0, pair.area.k1)
             mask = pair_mask(pair, window, q_documents, k_documents, q.device)
-            shares = kernel(rows, row_grads, row_delta, row_lse, keys[:, :, inside], values[:, :, inside], mask, scale)
+            factor = None if dropped is None else dropped.factor(pair.area, kv_heads, wide)
+            block = (keys[:, :, inside], values[:, :, inside], mask, factor)
+            shares = kernel(rows, row_grads, row_delta, row_lse, *block, scale)
             grad_q[:, :, :, row] += shares[0]
             grad_k[:, :, inside] += shares[1]
             grad_v[:, :, inside] += shares[2]
@@ -153,6 +179,7 @@ def _forward_block(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    factor: Tensor | None,
     total: Tensor,
     highest: Tensor,
     sums: Tensor,
@@ -168,21 +195,33 @@ def _forward_block(
     safe = peak.clamp_min(torch.finfo(peak.dtype).min)
     weights = torch.exp(scores - safe).to(q.dtype)
     shrink = torch.exp(highest - safe)
-    more = (weights.flatten(2, 3) @ v).unflatten(2, q.shape[2:4])
+    used = weights if factor is None else (weights * factor).to(q.dtype)
+    more = (used.flatten(2, 3) @ v).unflatten(2, q.shape[2:4])
     return total * shrink + more, peak, sums * shrink + weights.to(total.dtype).sum(-1, keepdim=True)
 
 
 def _backward_block(
-    q: Tensor, grad: Tensor, delta: Tensor, lse: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor,
+    grad: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    factor: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One block's share of the gradients of q, k and v, in the dtype of q; shapes as in `_forward_block`."""
     scores = _scores(q, k, mask, scale, lse.dtype)
     weights = torch.exp(scores - lse)
     rows = grad.flatten(2, 3)
     grad_weights = (rows @ v.transpose(-1, -2)).unflatten(2, q.shape[2:4])
+    used = weights
+    if factor is not None:
+        used, grad_weights = weights * factor, grad_weights * factor
     grad_scores = (weights * (grad_weights - delta) * scale).to(q.dtype).flatten(2, 3)
     grad_q = (grad_scores @ k).unflatten(2, q.shape[2:4])
-    grad_v = weights.to(q.dtype).flatten(2, 3).transpose(-1, -2) @ rows
+    grad_v = used.to(q.dtype).flatten(2, 3).transpose(-1, -2) @ rows
     return grad_q, grad_scores.transpose(-1, -2) @ q.flatten(2, 3), grad_v
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,11 +12,11 @@ from trainwright.comm.mesh import Axis
 from trainwright.models import Decoder
 from trainwright.models.attention import SelfAttention, attend
 from trainwright.models.cache import LayerCache
-from trainwright.ops.attention import attention
+from trainwright.models.dropout import KeptWeights
 from trainwright.parallel.context.exchange import ContextGroup
 from trainwright.parallel.context.order import SequenceOrder
 from trainwright.parallel.context.problems import choose_ulysses
-from trainwright.parallel.context.ring import Ring, ring_attention
+from trainwright.parallel.context.ring import Masking, Ring, ring_attention
 from trainwright.parallel.context.ulysses import heads_to_positions, positions_to_heads
 
 __all__ = ["ContextAttention", "apply_context"]
@@ -42,6 +44,7 @@ class ContextAttention:
         window: int | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
+        kept: KeptWeights | None = None,
         backend: str = "auto",
     ) -> Tensor:
         """Causal attention of this rank's tokens over those of all context ranks.
@@ -49,32 +52,33 @@ class ContextAttention:
         With a cache the rows are whole on every rank (generation), and attention is that of one process.
 
         Raises:
-            ModelError: dropout of attention weights, a key mask without a cache, or heads that the group cannot divide.
+            ModelError: weights dropped out by torch's generator, a key mask without a cache, or heads that the group
+                cannot divide.
         """
+        masks: dict[str, Any] = {"window": window, "scale": scale}
         if cache is not None:
-            return attend(
-                q, k, v, document_ids=document_ids, key_mask=key_mask, cache=cache, window=window, scale=scale
-            )
-        self._check(q, key_mask, dropout)
+            return attend(q, k, v, document_ids=document_ids, key_mask=key_mask, cache=cache, **masks)
+        self._check(q, key_mask, dropout, kept)
         if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         order = self.group.order
-        documents = self.group.gather_documents(document_ids) if document_ids is not None else None
+        documents = None if document_ids is None else self.group.gather(document_ids, "documents")
         if order.ulysses > 1:
             q, k, v = positions_to_heads(self.group, q, k, v)
+        kept = self._kept_of_all(kept, q.shape[2]) if dropout > 0.0 and kept is not None else None
         if order.ring > 1:
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            out = ring_attention(self.ring, q, k, v, documents, window=window, scale=scale)
+            out = ring_attention(self.ring, q, k, v, self._masking(q, documents, window, scale, kept))
         else:
-            out = attention(q, k, v, document_ids=documents, window=window, scale=scale, backend=backend)
+            masks.update(dropout=dropout, kept=kept, backend=backend)
+            out = attend(q, k, v, document_ids=documents, key_mask=None, cache=None, **masks)
         return heads_to_positions(self.group, out) if order.ulysses > 1 else out
 
-    def _check(self, q: Tensor, key_mask: Tensor | None, dropout: float) -> None:
-        if dropout > 0.0:
+    def _check(self, q: Tensor, key_mask: Tensor | None, dropout: float, kept: KeptWeights | None) -> None:
+        if dropout > 0.0 and kept is None:
             raise ModelError(
                 f"attention weights with dropout {dropout} on rows that are divided over {self.group.axis.size} ranks",
-                hint="set the model's attention dropout to 0, or parallel.context to 1",
+                hint="call model.set_dropout(seed=..., rows=...) before the forward pass, or set attention dropout to 0",
             )
         if key_mask is not None:
             raise ModelError(
@@ -86,6 +90,25 @@ class ContextAttention:
                 f"{q.shape[2]} attention heads cannot be divided over parallel.ulysses {self.group.order.ulysses}",
                 hint="use a parallel.ulysses that divides them, auto, or 1 for ring attention",
             )
+
+    def _kept_of_all(self, kept: KeptWeights, heads: int) -> KeptWeights:
+        """The same for the queries of this Ulysses group, the keys of all ranks and the `heads` heads here."""
+        group = self.group
+        positions = group.gather(kept.positions if kept.positions.dim() == 2 else kept.positions[None], "positions")
+        keys = kept.keys
+        if group.order.ulysses > 1:
+            held = keys.shape[1] * group.order.ulysses
+            keys = group.gather(keys, "dropout_keys")[:, group.ring_rank * held : (group.ring_rank + 1) * held]
+        place = group.axis.rank % group.order.ulysses
+        return KeptWeights(kept.p, keys, positions, kept.first_head + place * heads)
+
+    def _masking(
+        self, q: Tensor, documents: Tensor | None, window: int | None, scale: float | None, kept: KeptWeights | None
+    ) -> Masking:
+        masking = Masking(documents, window, q.shape[-1] ** -0.5 if scale is None else scale)
+        if kept is None:
+            return masking
+        return masking._replace(keys=kept.keys, places=kept.positions, dropout=kept.p, first_head=kept.first_head)
 
 
 def apply_context(

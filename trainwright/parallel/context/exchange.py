@@ -50,7 +50,7 @@ class ContextGroup:
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
-        self._documents: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        self._gathered: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
     @property
     def ring_rank(self) -> int:
@@ -84,23 +84,22 @@ class ContextGroup:
             self.traffic.add("ulysses", parts.numel() * parts.element_size(), group)
         return received
 
-    def gather_documents(self, document_ids: Tensor) -> Tensor:
-        """document_ids [B, T / degree] of all context ranks, joined in order of rank: [B, T], int32.
+    def gather(self, part: Tensor, kind: str) -> Tensor:
+        """Integers [B, T / degree] of all context ranks, joined in order of rank: [B, T]; no gradient.
 
-        All layers of a model get the same tensor, which is gathered once.
+        All layers of a model get the same ids and positions as one tensor, which is gathered once. All ranks run the
+        same program, so all of them or none find what the layer before has gathered.
         """
         assert self.axis.group is not None
         if torch.compiler.is_compiling():
-            return functional.all_gather_tensor(document_ids.to(torch.int32), 1, self.axis.group)
-        if self._documents is not None:
-            last, version, gathered = self._documents
-            if last() is document_ids and version == document_ids._version:
-                return gathered
-        ids = document_ids.to(torch.int32).contiguous()
-        parts = torch.empty(self.axis.size, *ids.shape, dtype=ids.dtype, device=ids.device)
-        # All ranks run the same program, so all of them or none find the ids of the layer before.
-        dist.all_gather(list(parts.unbind()), ids, group=self.axis.group)
-        self.traffic.add("documents", parts.numel() * parts.element_size(), self.axis.size)
-        gathered = parts.transpose(0, 1).flatten(1)
-        self._documents = (weakref.ref(document_ids), document_ids._version, gathered)
-        return gathered
+            return functional.all_gather_tensor(part.contiguous(), 1, self.axis.group)
+        if kind in self._gathered:
+            last, version, joined = self._gathered[kind]
+            if last() is part and version == part._version:
+                return joined
+        pieces = torch.empty(self.axis.size, *part.shape, dtype=part.dtype, device=part.device)
+        dist.all_gather(list(pieces.unbind()), part.contiguous(), group=self.axis.group)
+        self.traffic.add(kind, pieces.numel() * pieces.element_size(), self.axis.size)
+        joined = pieces.transpose(0, 1).flatten(1)
+        self._gathered[kind] = (weakref.ref(part), part._version, joined)
+        return joined

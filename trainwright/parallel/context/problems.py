@@ -9,8 +9,6 @@ from trainwright.parallel.context.order import SequenceOrder
 
 __all__ = ["choose_ulysses", "context_problems"]
 
-DROPOUTS = ("attention_dropout", "attn_dropout")
-
 
 def choose_ulysses(degree: int, heads: int, kv_heads: int) -> int:
     """What `ulysses: auto` is: the most ranks that divide the degree, the query heads and the key-value heads.
@@ -45,9 +43,6 @@ def _problems(config: Any, sequence_length: int | None, order: SequenceOrder, he
     if heads % order.ulysses:
         of_rank = f" of each of {tensor} tensor ranks" if tensor > 1 else ""
         yield f"parallel.ulysses {order.ulysses} does not divide the {heads} attention heads{of_rank}"
-    for name in DROPOUTS:
-        if getattr(config, name, 0.0) > 0.0:
-            yield f"{name} is {getattr(config, name)}: attention weights are not dropped out under parallel.context"
     if sequence_length is None:
         return
     if (problem := order.problem(sequence_length)) is not None:

@@ -11,15 +11,34 @@ In a compiled block forward and backward are two operators that the compiler doe
 from __future__ import annotations
 
 import weakref
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainwright.ops.attention import attention_part, attention_part_backward, merge_parts
+from trainwright.ops.attention import DroppedWeights, attention_part, attention_part_backward, merge_parts
+from trainwright.ops.dropout import head_keys
 from trainwright.parallel.context.exchange import ContextGroup, Hop
 
-__all__ = ["Ring", "ring_attention"]
+__all__ = ["Masking", "Ring", "ring_attention"]
+
+
+class Masking(NamedTuple):
+    """What decides on attention weights beside queries and keys. [B, all T] are those of the whole ring, by rank.
+
+    documents: int [B, all T], or None. window, scale: as in `attention_part`.
+    dropout: the probability of dropping a weight; above zero with keys, int64 [B, T] of this rank's tokens, places,
+        int [B or 1, all T] of all tokens, and the number of the first head here.
+    """
+
+    documents: Tensor | None
+    window: int | None
+    scale: float
+    keys: Tensor | None = None
+    places: Tensor | None = None
+    dropout: float = 0.0
+    first_head: int = 0
 
 
 class Ring:
@@ -44,18 +63,16 @@ class Ring:
     def named(cls, name: str) -> Ring:
         return cls._named[name]
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """out [B, T, Hq, D] in the dtype of q and lse [B, Hq, T]; documents [B, all T] in the order of ranks."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
+        """out [B, T, Hq, D] in the dtype of q and lse [B, Hq, T] over the keys of all ring ranks."""
         out: Tensor | None = None
         lse: Tensor | None = None
         # Heads first, as the blocks of attention want them; q, k and v are turned once, not on every hop.
         q, pair = _turned(q), torch.stack((k.transpose(1, 2), v.transpose(1, 2)))
-        for hop in range(self.group.order.ring):
-            coming = self._pass_on(pair, hop, "ring")
+        for hop, options in enumerate(self._hops(q, masking)):
+            coming = self._pass_on(pair, hop)
             keys, values = pair.transpose(2, 3).unbind()
-            part = attention_part(q, keys, values, **self._options(q, hop, documents, window, scale))
+            part = attention_part(q, keys, values, **options)
             out, lse = part if out is None or lse is None else merge_parts(out, lse, *part)
             pair = pair if coming is None else coming.arrive()
         assert out is not None
@@ -63,16 +80,7 @@ class Ring:
         return out.to(q.dtype), lse
 
     def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents: Tensor | None,
-        window: int | None,
-        scale: float,
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, masking: Masking
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v in their shapes and dtypes."""
         q, grad_out = _turned(q), _turned(grad_out)
@@ -80,12 +88,10 @@ class Ring:
         grad_q: Tensor | None = None
         own: Tensor | None = None
         behind: Hop | None = None  # gradients of the keys of this hop, with the shares of the ranks before
-        for hop in range(self.group.order.ring):
-            coming = self._pass_on(pair, hop, "ring")
+        for hop, options in enumerate(self._hops(q, masking)):
+            coming = self._pass_on(pair, hop)
             keys, values = pair.transpose(2, 3).unbind()
-            share_q, share_k, share_v = attention_part_backward(
-                grad_out, q, keys, values, out, lse, **self._options(q, hop, documents, window, scale)
-            )
+            share_q, share_k, share_v = attention_part_backward(grad_out, q, keys, values, out, lse, **options)
             shares = torch.stack((share_k.transpose(1, 2), share_v.transpose(1, 2)))
             if grad_q is None or own is None:
                 grad_q, own = share_q, shares
@@ -102,87 +108,80 @@ class Ring:
         grad_k, grad_v = own.transpose(2, 3).unbind()
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
-    def _pass_on(self, pair: Tensor, hop: int, kind: str) -> Hop | None:
-        return self.group.pass_on(pair, kind) if hop + 1 < self.group.order.ring else None
+    def _pass_on(self, pair: Tensor, hop: int) -> Hop | None:
+        return self.group.pass_on(pair, "ring") if hop + 1 < self.group.order.ring else None
 
-    def _options(
-        self, q: Tensor, hop: int, documents: Tensor | None, window: int | None, scale: float
-    ) -> dict[str, Any]:
-        """What `attention_part` has to know of the keys that are here on this hop."""
-        order, held = self.group.order, q.shape[1]
-        mine = self.group.ring_rank
-        theirs = (mine - hop) % order.ring
-        options: dict[str, Any] = {
-            "q_positions": order.ring_positions(mine, held * order.ring),
-            "k_positions": order.ring_positions(theirs, held * order.ring),
-            "window": window,
-            "scale": scale,
-            "compiled": self.compiled,
-        }
-        if documents is not None:
-            options["q_documents"] = documents[:, mine * held : (mine + 1) * held]
-            options["k_documents"] = documents[:, theirs * held : (theirs + 1) * held]
-        return options
+    def _hops(self, q: Tensor, masking: Masking) -> Iterator[dict[str, Any]]:
+        """For each hop, what `attention_part` has to know of the keys that are here then."""
+        order, held, mine = self.group.order, q.shape[1], self.group.ring_rank
+        heads = None if masking.keys is None else head_keys(masking.keys, q.shape[2], masking.first_head)
+        for hop in range(order.ring):
+            theirs = (mine - hop) % order.ring
+            at_home, there = (slice(rank * held, (rank + 1) * held) for rank in (mine, theirs))
+            options: dict[str, Any] = {
+                "q_positions": order.ring_positions(mine, held * order.ring),
+                "k_positions": order.ring_positions(theirs, held * order.ring),
+                "window": masking.window,
+                "scale": masking.scale,
+                "compiled": self.compiled,
+            }
+            if masking.documents is not None:
+                options["q_documents"] = masking.documents[:, at_home]
+                options["k_documents"] = masking.documents[:, there]
+            if heads is not None and masking.places is not None:
+                options["dropped"] = DroppedWeights(masking.dropout, heads, masking.places[:, there])
+            yield options
 
 
-def ring_attention(
-    ring: Ring,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    *,
-    window: int | None,
-    scale: float,
-) -> Tensor:
+def ring_attention(ring: Ring, q: Tensor, k: Tensor, v: Tensor, masking: Masking) -> Tensor:
     """Causal attention of this ring rank's q [B, T, Hq, D] over the k, v [B, T, Hkv, D] of all, in zig-zag order.
 
-    documents: [B, T * ring], those of all ring ranks in their order. Gives [B, T, Hq, D] in the dtype of q.
+    Gives [B, T, Hq, D] in the dtype of q.
     """
     with torch.autocast(q.device.type, enabled=False):
         if torch.compiler.is_compiling():
-            out: Tensor = _ring_operator(q, k, v, documents, ring.name, window, scale)[0]
+            out: Tensor = _ring_operator(q, k, v, ring.name, *masking)[0]
         else:
-            out = _RingAttention.apply(q, k, v, documents, ring, window, scale)
+            out = _RingAttention.apply(q, k, v, ring, masking)
     return out
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        documents: Tensor | None,
-        ring: Ring,
-        window: int | None,
-        scale: float,
-    ) -> Tensor:
-        out, lse = ring.forward(q, k, v, documents, window, scale)
-        ctx.save_for_backward(q, k, v, out, lse, documents)
-        ctx.ring, ctx.window, ctx.scale = ring, window, scale
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, masking: Masking) -> Tensor:
+        out, lse = ring.forward(q, k, v, masking)
+        ctx.save_for_backward(q, k, v, out, lse, masking.documents, masking.keys, masking.places)
+        ctx.ring, ctx.masking = ring, masking._replace(documents=None, keys=None, places=None)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, documents = ctx.saved_tensors
-        grads = ctx.ring.backward(grad_out, q, k, v, out, lse, documents, ctx.window, ctx.scale)
-        return (*grads, None, None, None, None)
+        *tensors, documents, keys, places = ctx.saved_tensors
+        masking = ctx.masking._replace(documents=documents, keys=keys, places=places)
+        return (*ctx.ring.backward(grad_out, *tensors, masking), None, None)
 
 
 @torch.library.custom_op("trainwright::ring_attention", mutates_args=())
 def _ring_operator(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, ring: str, window: int | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: str,
+    documents: Tensor | None,
+    window: int | None,
+    scale: float,
+    keys: Tensor | None,
+    places: Tensor | None,
+    dropout: float,
+    first_head: int,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = Ring.named(ring).forward(q, k, v, documents, window, scale)
+    masking = Masking(documents, window, scale, keys, places, dropout, first_head)
+    out, lse = Ring.named(ring).forward(q, k, v, masking)
     return out.contiguous(), lse
 
 
 @_ring_operator.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, ring: str, window: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, ring: str, *masking: Any) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
 
@@ -195,40 +194,34 @@ def _ring_backward_operator(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    documents: Tensor | None,
     ring: str,
+    documents: Tensor | None,
     window: int | None,
     scale: float,
+    keys: Tensor | None,
+    places: Tensor | None,
+    dropout: float,
+    first_head: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = Ring.named(ring).backward(grad_out, q, k, v, out, lse, documents, window, scale)
+    masking = Masking(documents, window, scale, keys, places, dropout, first_head)
+    grads = Ring.named(ring).backward(grad_out, q, k, v, out, lse, masking)
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @_ring_backward_operator.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    documents: Tensor | None,
-    ring: str,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, documents, ctx.ring, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, documents)
+    q, k, v, ctx.ring, documents, ctx.window, ctx.scale, keys, places, ctx.dropout, ctx.first_head = inputs
+    ctx.save_for_backward(q, k, v, *output, documents, keys, places)
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Any, ...]:
-    q, k, v, out, lse, documents = ctx.saved_tensors
-    grads = _ring_backward_operator(grad_out, q, k, v, out, lse, documents, ctx.ring, ctx.window, ctx.scale)
-    return (*grads, None, None, None, None)
+    *tensors, documents, keys, places = ctx.saved_tensors
+    masking = Masking(documents, ctx.window, ctx.scale, keys, places, ctx.dropout, ctx.first_head)
+    return (*_ring_backward_operator(grad_out, *tensors, ctx.ring, *masking), *[None] * 8)
 
 
 _ring_operator.register_autograd(_backward, setup_context=_save)
