@@ -189,6 +189,7 @@ class Run:
             "validation_loss": self.last_evaluation.loss if self.last_evaluation else None,
         }
         self.beat("save")
+        self.state.seconds = self.ranks.broadcast_json(self.state.seconds)  # what is saved is the same on all ranks
         self.checkpointer.save(self.state.step, self.state_dict(), meta, required=final)
 
     # --- end ---
