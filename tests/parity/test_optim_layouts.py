@@ -267,7 +267,7 @@ def on_ranks(rank: int, world: int) -> bool:
 
 
 def test_two_mesh_dimensions_equal_one_process() -> None:
-    assert run_ranks(on_ranks, 4, timeout=240) == [True] * 4
+    assert run_ranks(on_ranks, 4, timeout=300) == [True] * 4
 
 
 def test_parts_hold_every_number_once() -> None:
