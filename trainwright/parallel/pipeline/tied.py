@@ -40,8 +40,7 @@ def _add(parameter: nn.Parameter, axis: Axis, peer: int, *, first: bool) -> None
         parameter.grad = torch.zeros_like(parameter)
     gradient = parameter.grad
     own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    device = torch.device("cpu") if own.device.type == "cpu" and _is_host(axis) else torch.device("cuda")
-    sent = own.to(device).contiguous()
+    sent = own.to(_wire_device(own, axis)).contiguous()
     received = torch.empty_like(sent)
     work = dist.batch_isend_irecv(
         [
@@ -58,5 +57,8 @@ def _sum(of_first: Tensor, of_last: Tensor) -> Tensor:
     return of_first + of_last
 
 
-def _is_host(axis: Axis) -> bool:
-    return "gloo" in dist.get_backend(axis.group)
+def _wire_device(own: Tensor, axis: Axis) -> torch.device:
+    """Where a gradient travels from: a group without gloo cannot send what is kept on the host."""
+    if own.device.type == "cpu" and "gloo" not in dist.get_backend(axis.group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return own.device
