@@ -98,7 +98,9 @@ def train(setting: Setting, layout: Layout, ranks: Ranks = ALONE) -> Run:
     model = build_model(config, device="meta")
     divided = divide(model, mesh, policy, sections, compiled=setting.compiled)
     materialise(model, ranks.device, initial_values(config, 3))
-    optimizer = build_optimizer(optimized_parameters(model), OptimizerOptions(name=setting.optimizer, lr=3e-3, eps=1e-3))
+    optimizer = build_optimizer(
+        optimized_parameters(model), OptimizerOptions(name=setting.optimizer, lr=3e-3, eps=1e-3)
+    )
     place, places = mesh.rows
     micro_batches = min(MICRO, ROWS // places)
     engine = Engine(
@@ -118,9 +120,7 @@ def train(setting: Setting, layout: Layout, ranks: Ranks = ALONE) -> Run:
         own = {key: value[place::places] for key, value in batch.items()}
         engine.forward_backward(task.loss, own, micro_rows=ROWS // places // micro_batches, seed=step)
         if step == 0:
-            gradients = {
-                name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None
-            }
+            gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
         report = engine.step()
         assert report is not None
         losses.append(float(report.loss))
