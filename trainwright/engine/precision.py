@@ -113,4 +113,5 @@ def keep_residual_fp32(model: Decoder) -> None:
 
     Under autocast alone the stream is fp32, because the embedding is; block outputs add to it without being rounded.
     """
-    model.embedding.register_forward_hook(lambda module, inputs, output: output.float())
+    if model.embedding is not None:  # the first part of a pipeline has it
+        model.embedding.register_forward_hook(lambda module, inputs, output: output.float())
