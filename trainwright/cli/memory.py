@@ -135,6 +135,7 @@ def _settings(recipe: Recipe, micro_rows: int, sequence_length: int, *, host_is_
         offload_activations=section.offload_activations,
         optimizer_state=section.optimizer_state,
         parameters=section.parameters,
+        mlp_chunks=1 if section.mlp_chunks == "auto" else section.mlp_chunks,
         compiled=recipe.train.compile is True,
         host_is_device=host_is_device,
     ).with_recompute(section.recompute if isinstance(section.recompute, str) else section.recompute.every)

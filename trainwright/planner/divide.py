@@ -7,7 +7,7 @@ many ranks work on the same rows. Open degrees are tried in order, and the first
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainwright.base.device import free_disk_bytes
@@ -19,13 +19,15 @@ from trainwright.config.precision_section import BF16PurePrecision
 from trainwright.planner import rules
 from trainwright.planner.division import Division
 from trainwright.planner.facts import BatchFacts, DataFacts, MachineFacts, ModelFacts
-from trainwright.planner.layout import Degrees, choose_layout, degree_candidates, other_degrees
+from trainwright.planner.layout import Degrees, LayoutChoice, choose_layout, degree_candidates, other_degrees
 from trainwright.planner.ledger import AUTO, Budget, Ledger
 from trainwright.planner.memory import MemorySettings, RankMemory, predict_rank_memory
 from trainwright.planner.memory_fit import Alternative, MemoryLimits, alternatives, shortfalls
 from trainwright.planner.plan import Decision
 
 __all__ = ["Divided", "Question", "divide"]
+
+MLP_PIECES = (1, 2, 4, 8)  # an eighth of what MLPs make is little beside their inputs
 
 
 @dataclass(frozen=True)
@@ -121,18 +123,45 @@ def _divide_by(degrees: Degrees, ask: Question) -> Divided:
     batch = BatchFacts(rows, micro_rows, data.sequence_length, run)
     settings = _memory_settings(ask, batch, passes)
     limits = _limits(machine, recipe.memory.nvme_path)
-    chosen = choose_layout(
-        recipe.parallel,
-        machine.ranks,
-        accumulation=passes,
-        degrees=degrees,
-        model=ask.model,
-        batch=batch,
-        fits=lambda layout: not shortfalls(predict_rank_memory(ask.model, settings.under(layout)), limits),
-    )
+    chosen, settings = _choose(ask, degrees, batch, settings, limits)
     if machine.ranks > 1:
         ledger.decisions.extend(chosen.decisions)
-    return Divided(ask, chosen.layout, batch, steps, settings.under(chosen.layout), limits, ledger)
+    if recipe.memory.mlp_chunks == AUTO:
+        pieces = settings.mlp_chunks
+        reason = "whole sequences fit" if pieces == 1 else "the fewest pieces with which activations fit"
+        if pieces == 1 and shortfalls(predict_rank_memory(ask.model, settings), limits):
+            reason = "pieces alone would not make it fit"
+        ledger.decisions.append(Decision("memory.mlp_chunks", pieces, reason))
+    return Divided(ask, chosen.layout, batch, steps, settings, limits, ledger)
+
+
+def _choose(
+    ask: Question, degrees: Degrees, batch: BatchFacts, settings: MemorySettings, limits: MemoryLimits
+) -> tuple[LayoutChoice, MemorySettings]:
+    """The layout, and the memory settings under it, MLPs in as few pieces as it takes to fit."""
+    shape = ask.model.shape
+    given = ask.recipe.memory.mlp_chunks
+    pieces = MLP_PIECES if given == AUTO and not (shape is not None and shape.experts) else MLP_PIECES[:1]
+    found = []
+    for chunks in pieces if given == AUTO else (int(given),):
+        tried = replace(settings, mlp_chunks=chunks)
+
+        def fits(layout: Layout, tried: MemorySettings = tried) -> bool:
+            return not shortfalls(predict_rank_memory(ask.model, tried.under(layout)), limits)
+
+        chosen = choose_layout(
+            ask.recipe.parallel,
+            ask.machine.ranks,
+            accumulation=settings.micro_batches,
+            degrees=degrees,
+            model=ask.model,
+            batch=batch,
+            fits=fits,
+        )
+        found.append((chosen, tried.under(chosen.layout)))
+        if fits(chosen.layout):
+            return found[-1]
+    return found[0]
 
 
 def _rows(batch_tokens: int, data: DataFacts, ranks: int, world: int) -> int:

@@ -124,6 +124,7 @@ class MemorySettings:
         compiled: whether blocks are compiled.
         host_is_device: the device is the CPU, so that what goes to the host stays where it was.
         block_parameters: of the largest block; None estimates it.
+        mlp_chunks: pieces in which MLPs compute, each computed again in backward.
         division: how ranks divide the model and its sequences. stage: of the pipeline; None is the one that needs most.
     """
 
@@ -147,6 +148,7 @@ class MemorySettings:
     division: Division = field(default_factory=Division)
     stage: int | None = None
     run: int | None = None
+    mlp_chunks: int = 1
 
     def under(self, layout: Layout) -> MemorySettings:
         """The same passes in another layout."""
@@ -287,13 +289,25 @@ def _activations(model: ModelFacts, settings: MemorySettings, part: RankPart, st
         )
         layers = part.part_layers
     again = -(-layers // every) if kind != "none" else 0
+    # In pieces, an MLP keeps its input, and what it makes is there for one piece at a time.
+    inside = _mlp_bytes(model) if settings.mlp_chunks > 1 else 0.0
+    plain, piece = plain - inside, inside / settings.mlp_chunks
+    reduced = plain if kind == "none" else reduced
     kept = passes * unit * ((layers - again) * plain + again * reduced)
     # The block that is computed again holds everything it made for a moment.
-    window = unit * (plain - reduced) if again else 0.0
+    window = unit * ((plain - reduced if again else 0.0) + piece)
     held = kept
     if settings.offload_activations and not settings.host_is_device:
         held = min(kept, unit * IN_FLIGHT * max(reduced, plain if again < layers else 0.0))
     return round(kept), round(held + window)
+
+
+def _mlp_bytes(model: ModelFacts) -> float:
+    """What an MLP makes between its input and its output, of the bytes of none: four tensors of its width."""
+    shape = model.shape
+    if shape is None or not model.width:
+        return 28.0
+    return 0.0 if shape.experts else 8.0 * shape.mlp_width / model.width
 
 
 def _routed_bytes(model: ModelFacts) -> float:

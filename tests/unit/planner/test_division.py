@@ -160,6 +160,14 @@ def test_activations_fall_with_tensor_and_context_and_follow_the_schedule() -> N
     assert activations(stages=4, schedule="zbv", virtual=2, cuts=halves) == plain
 
 
+def test_mlps_in_pieces_keep_their_inputs() -> None:
+    unit = 8192 * 4096
+    inside = 8 * 14336 / 4096
+    chunked = predict_rank_memory(LLAMA, replace(PLAIN, mlp_chunks=4)).activations
+    assert chunked == round(unit * (32 * (56 - inside) + inside / 4))
+    assert predict_rank_memory(MOE, replace(PLAIN, mlp_chunks=4)) == predict_rank_memory(MOE, PLAIN)
+
+
 def test_the_stage_that_needs_most_is_the_prediction() -> None:
     settings = replace(PLAIN, division=Division(stages=4))
     stages = [predict_rank_memory(LLAMA, replace(settings, stage=stage)) for stage in range(4)]

@@ -212,3 +212,16 @@ def test_a_pipeline_that_waits_is_predicted_slower() -> None:
         for schedule in ("1f1b", "interleaved")
     }
     assert rate["1f1b"] < rate["interleaved"] < plan_of(4, train=batch).prediction.tokens_per_second
+
+
+def test_mlps_compute_in_pieces_only_where_whole_sequences_do_not_fit() -> None:
+    data = replace(DATA, sequence_length=65536, trained_per_row=65536.0)
+    keys: dict[str, Any] = {"train": {"batch_tokens": 65536, "micro_batch": 1}, "parallel": {"zero": 0}}
+    fits = plan_of(1, MODEL, 80 * GIB, data, **keys)
+    assert decided(fits)["memory.mlp_chunks"] == 1
+    needed = fits.prediction.memory["total"]
+    tight = plan_of(1, MODEL, needed - GIB // 2, data, **keys)
+    assert decided(tight)["memory.mlp_chunks"] > 1
+    assert tight.prediction.memory["total"] <= needed - GIB // 2
+    given = plan_of(1, MODEL, 80 * GIB, data, memory={"mlp_chunks": 4}, **keys)
+    assert given.prediction.memory["activations"] < fits.prediction.memory["activations"]

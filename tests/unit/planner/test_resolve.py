@@ -59,7 +59,7 @@ def test_every_auto_of_a_bare_recipe_is_settled_and_the_result_loads() -> None:
         "model.attention",
         # What follows from the ranks and their devices is settled where these are known.
         *("parallel.zero", "parallel.shard", "parallel.accumulate", "parallel.gather"),
-        *("memory.recompute", "memory.mlp_chunks"),
+        "memory.recompute",
         *("comm.backend", "comm.wire", "launch.processes"),
     }
     assert resolved.recipe.train.steps == plan.steps
