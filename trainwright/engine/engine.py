@@ -22,6 +22,7 @@ from trainwright.base.events import emit
 from trainwright.base.protocols import StateDict
 from trainwright.comm import ALONE
 from trainwright.comm.mesh import Layout, make_mesh
+from trainwright.engine.names import with_tied_names, without_tied_names
 from trainwright.engine.precision import Precision
 from trainwright.memory import PlacedState
 from trainwright.models import Decoder
@@ -457,7 +458,7 @@ class Engine:
         Divided tensors are DTensors; names and shapes are the same in every layout.
         """
         state: StateDict = {
-            "model": self.model.state_dict(),
+            "model": with_tied_names(self.model, self.model.state_dict()),
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
         }
@@ -472,7 +473,7 @@ class Engine:
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of `state_dict`; the moving average must be on or off in both."""
         self.data_parallel.drop_gathered()
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(without_tied_names(self.model, state["model"]))
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
