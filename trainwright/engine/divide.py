@@ -20,8 +20,9 @@ from trainwright.engine.compile import compile_blocks
 from trainwright.engine.engine import Batch, Engine, ForwardBackward
 from trainwright.engine.pipelined import Pipelined
 from trainwright.engine.precision import Precision, keep_residual_fp32, wire_type
+from trainwright.memory import apply_chunked_mlp
 from trainwright.models import Decoder
-from trainwright.parallel import DataParallel, ZeroOptions, apply_zero
+from trainwright.parallel import DataParallel, ZeroOptions, apply_zero, blocks_of
 from trainwright.parallel.context import apply_context, cut_batch
 from trainwright.parallel.expert import apply_expert, expert_modules
 from trainwright.parallel.pipeline import split_model
@@ -69,6 +70,9 @@ def divide(model: nn.Module, mesh: Mesh, policy: Precision, sections: Sections, 
     apply_tensor(model, mesh.tensor)
     apply_expert(model, mesh.expert, tensor=mesh.tensor, context=mesh.context)
     cut = _apply_context(model, mesh, compiled=compiled)
+    chunks = sections.memory.mlp_chunks
+    if chunks != "auto" and chunks > 1:
+        apply_chunked_mlp(model, chunks, blocks=[block for _, block in blocks_of(model)])
     hold(model, policy, sections.precision, mesh.ranks)
     recompute(model, sections.memory, mesh.ranks)
     if compiled:
