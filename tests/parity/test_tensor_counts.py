@@ -18,7 +18,7 @@ from trainwright.base.errors import ConfigError, ModelError
 from trainwright.comm.mesh import Axis
 from trainwright.memory.recompute import apply_recompute
 from trainwright.models import Decoder, GPT2Config, LlamaConfig, ModelConfig, build_model
-from trainwright.parallel.tensor import apply_tensor, sum_partial_gradients
+from trainwright.parallel.tensor import apply_tensor, overlap_problems, overlap_products, sum_partial_gradients
 from trainwright.testing import run_ranks, tiny_gpt2_config, tiny_llama_config
 
 ROWS, LENGTH = 2, 32
@@ -208,13 +208,8 @@ def compiled_rank(rank: int, world: int, recompute: bool) -> list[float]:
         if compiled:
             for block in model.blocks:
                 block.compile(dynamic=False) if recompute else _compile(block)
-        for _ in range(2):
-            model.zero_grad()
-            loss = loss_of(model)
-            loss.backward()
-        sum_partial_gradients(model.parameters(), axis)
-        squares = sum(float(p.grad.full_tensor().square().sum()) for p in model.parameters())  # type: ignore[union-attr]
-        values += [loss.item(), squares]
+        loss_and_squares(model, axis)
+        values += loss_and_squares(model, axis)
     values.append(float(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
     values.append(float(sum(torch._dynamo.utils.counters["graph_break"].values())))
     return values
@@ -222,6 +217,64 @@ def compiled_rank(rank: int, world: int, recompute: bool) -> list[float]:
 
 def _compile(block: nn.Module) -> None:
     block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def overlap_rank(rank: int, world: int) -> dict[str, Any]:
+    """A compiled block under the compiler's switch, its joint operators done by torch's own fallbacks for tests."""
+    import torch._inductor.config as compiler
+    import torch.distributed._symmetric_memory as symmetric
+
+    axis = world_axis()
+    model = divided(LlamaConfig(**tiny_llama_config(num_layers=1, num_kv_heads=4)), axis)
+    found: dict[str, Any] = {"plain": loss_and_squares(model, axis)}
+    calls: Counter[str] = Counter()
+    library = torch.library.Library("symm_mem", "IMPL")
+    for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
+        fallback = getattr(symmetric, f"_{name}_fallback")
+
+        def joint(*args: Any, fallback: Any = fallback, name: str = name) -> Any:
+            calls[name] += 1
+            return fallback(*args)
+
+        library.impl(name, joint, "CPU")
+    dist.is_nccl_available = lambda: True  # the compiler asks; its operators are replaced above
+    compiler._micro_pipeline_tp = True
+    assert axis.group is not None
+    with symmetric._test_mode({axis.group.group_name}):
+        for block in model.blocks:
+            _compile(block)
+        found["overlapped"] = loss_and_squares(model, axis)
+    return {**found, "calls": dict(calls)}
+
+
+def loss_and_squares(model: Decoder, axis: Axis) -> list[float]:
+    model.zero_grad()
+    loss = loss_of(model)
+    loss.backward()
+    sum_partial_gradients(model.parameters(), axis)
+    return [
+        loss.item(),
+        sum(float(p.grad.full_tensor().square().sum()) for p in model.parameters()),  # type: ignore[union-attr]
+    ]
+
+
+@pytest.mark.slow
+def test_compiler_joins_products_and_messages() -> None:
+    """Every gather of a layer with the products behind it, and both sums of the forward pass with those before; in the
+    backward pass an addition stands between."""
+    for found in run_ranks(overlap_rank, 2, timeout=200):
+        assert found["overlapped"] == pytest.approx(found["plain"], rel=1e-5)
+        assert found["calls"] == {"fused_all_gather_matmul": 4, "fused_matmul_reduce_scatter": 2}
+
+
+def test_overlap_says_why_not() -> None:
+    axis = Axis("tensor", 0, 2)
+    problems = overlap_problems(axis, device=torch.device("cpu"), compiled=False)
+    assert len(problems) == 2
+    assert "not compiled" in problems[0]
+    assert "device is cpu" in problems[1]
+    with pytest.raises(ConfigError, match=r"parallel\.tensor is 1"):
+        overlap_products(Axis.alone("tensor"), device=torch.device("cpu"), compiled=True)
 
 
 @pytest.mark.slow
