@@ -2,8 +2,8 @@
 
 torch's compiler can replace a gather and the products behind it, or a product and the sum behind it, by one operator
 that works piece by piece over memory which the devices of a host share ("symmetric memory"; Wang et al., ASPLOS 2023).
-It finds both in compiled blocks. The switch and the registration are private names of torch 2.11 to 2.13; only this file
-uses them.
+It finds both in compiled blocks. The switch and the registration are private names of torch 2.11 to 2.13, used in this
+file only.
 """
 
 from __future__ import annotations
