@@ -69,11 +69,12 @@ LLAMA_PRESETS: dict[str, LlamaConfig] = {
     # Llama 3.2 1B and 3B
     "llama-1b": _llama(16, 2048, 32, 8192, 128256, **_LLAMA3, tie_embeddings=True, rope_scaling=_llama3_scaling(32.0)),
     "llama-3b": _llama(28, 3072, 24, 8192, 128256, **_LLAMA3, tie_embeddings=True, rope_scaling=_llama3_scaling(32.0)),
-    # Llama 2 7B and 13B, Llama 3.1 8B and 70B
+    # Llama 2 7B and 13B, Llama 3.1 8B, 70B and 405B
     "llama-7b": _llama(32, 4096, 32, 11008, 32000, **_LLAMA2),
     "llama-8b": _llama(32, 4096, 32, 14336, 128256, **_LLAMA3, rope_scaling=_llama3_scaling(8.0)),
     "llama-13b": _llama(40, 5120, 40, 13824, 32000, **_LLAMA2),
     "llama-70b": _llama(80, 8192, 64, 28672, 128256, **_LLAMA3, rope_scaling=_llama3_scaling(8.0)),
+    "llama-405b": _llama(126, 16384, 128, 53248, 128256, **_LLAMA3, rope_scaling=_llama3_scaling(8.0)),
     # Mistral 7B v0.1
     "mistral-7b": _llama(
         32,
