@@ -70,8 +70,12 @@ def release_gradients(
         why = "the optimizer is yours, and only Trainwright's can update one parameter at a time"
     elif scales_loss:
         why = "fp16 has to look at all gradients before it steps"
+    elif layout.pipeline.stages > 1:
+        why = "a pipeline runs several backward passes of a step at once"
     elif layout.world > 1 and not layout.is_sharded:
         why = "at stage 0 gradients are summed over the ranks after they are complete"
+    elif layout.expert == layout.shard > 1 and layout.replicas > 1:
+        why = "gradients of experts are summed over the replicas after they are complete"
     elif layout.accumulate == "sharded" and layout.zero > 1:
         why = "parallel.accumulate is sharded: parts of gradients are added up after the pass"
     if why is not None:

@@ -170,6 +170,8 @@ class Engine:
         self.scaler = scaler
         self.skip_nonfinite = skip_nonfinite or scaler is not None
         self.stepping = stepping
+        if stepping is not None:
+            stepping.holders = self._holders
         self.placed = placed
         self.steps = 0
         self.skipped_steps = 0
@@ -311,7 +313,9 @@ class Engine:
                 f" {self.accumulation}"
             )
         self._dropout_seed = seed
+        before = self.micro_steps
         loss_sum, count = self._schedule.run(loss, micro_batches)
+        self.micro_steps = before + len(micro_batches) - 1  # the last one is counted by the step
         self._open = True
         if self._counts_loss:
             self._loss_sum += loss_sum
@@ -411,7 +415,7 @@ class Engine:
         """The report of a step whose updates were made during the backward pass."""
         assert self.optimizer is not None
         stepping.finish()
-        loss_sum, tokens, norm_of_sum = self._global_sums(stepping.squared_norms)
+        loss_sum, tokens, norm_of_sum = self._global_sums(stepping.squared_norm)
         count = tokens.clamp(min=1)
         if self.ema is not None:
             self.ema.update()
@@ -419,13 +423,9 @@ class Engine:
         lr = float(self.optimizer.param_groups[0]["lr"])
         return StepReport(loss_sum / count, norm_of_sum / count, tokens, lr, skipped=False)
 
-    def _global_sums(self, squares: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _global_sums(self, squares: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss sum, count, norm of the gradient sum) over all ranks, with one message."""
-        if squares is None:
-            total = squared_norm_sum(self._counted, self._holders)
-        else:
-            sharded, replicated = squares
-            total = sharded / self.data_parallel.layout.replicas + replicated / self.ranks.world
+        total = squared_norm_sum(self._counted, self._holders) if squares is None else squares
         if self.ranks.world == 1:
             return self._loss_sum, self._count, total.sqrt().float()
         sums = torch.stack([self._loss_sum, self._count, total.to(self._loss_sum)])

@@ -43,8 +43,10 @@ from trainwright.engine.own_loop import OwnLoopEngine
 from trainwright.engine.precision import Precision, precision
 from trainwright.engine.weigh import refuse_too_large
 from trainwright.memory import place_state
+from trainwright.models import Decoder
 from trainwright.optim import GroupedOptimizer, LossScaler, build_optimizer
 from trainwright.parallel.synchronise import synchronise
+from trainwright.planner import model_facts
 from trainwright.planner.layout import choose_layout
 
 __all__ = ["Initialized", "initialize"]
@@ -102,15 +104,23 @@ def initialize(
     loaded = load_engine_config(config, world=ranks.world)
     settings = loaded.config
     sizes = settings.batch
-    batch = resolve_batch(sizes.global_, sizes.micro, sizes.accumulation, ranks.world)
+    batch = resolve_batch(
+        sizes.global_,
+        sizes.micro,
+        sizes.accumulation,
+        settings.parallel.row_ranks(ranks.world),
+        all_ranks=ranks.world,
+    )
     policy = precision(_precision_name(settings))
-    layout = choose_layout(settings.parallel, ranks.world, accumulation=batch.accumulation).layout
+    facts = model_facts(model.config, model.config.max_position_embeddings) if isinstance(model, Decoder) else None
+    layout = choose_layout(settings.parallel, ranks.world, accumulation=batch.accumulation, model=facts).layout
 
     refuse_too_large(model, settings, policy, layout, ranks, batch)
 
     before = _prepare_model(model, settings, policy, ranks, model_parameters)
     sections = Sections(settings.precision, settings.parallel, settings.comm, settings.memory)
-    divided = divide(model, make_mesh(layout, ranks), policy, sections)
+    mesh = make_mesh(layout, ranks)
+    divided = divide(model, mesh, policy, sections)
     made = _make_optimizer(model, settings, optimizer, before)
     placed = None
     if isinstance(made, GroupedOptimizer):
@@ -142,7 +152,7 @@ def initialize(
     )
     loader = None
     if training_data is not None:
-        loader = EngineLoader(training_data, batch.micro, ranks, seed=settings.seed, collate_fn=collate_fn)
+        loader = EngineLoader(training_data, batch.micro, mesh.rows, seed=settings.seed, collate_fn=collate_fn)
     if ranks.is_first:
         _say(loaded, layout.describe(), policy)
     return Initialized(engine, _torch_optimizer(made), loader, scheduler)

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from trainwright.base.errors import ConfigError
 from trainwright.base.protocols import StateDict
-from trainwright.comm import Ranks
 
 __all__ = ["EngineLoader"]
 
@@ -23,6 +22,7 @@ class EngineLoader:
     Args:
         dataset: with `__len__` and `__getitem__`.
         micro_batch: rows of one micro-batch on one rank.
+        rows: (place, count) of this rank among those that see different rows (`Mesh.rows`).
         collate_fn: joins rows to a batch; None is torch's own.
 
     Raises:
@@ -33,7 +33,7 @@ class EngineLoader:
         self,
         dataset: Any,
         micro_batch: int,
-        ranks: Ranks,
+        rows: tuple[int, int],
         *,
         seed: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -43,9 +43,10 @@ class EngineLoader:
                 f"training_data is a {type(dataset).__name__} without a length",
                 hint="pass a dataset with __len__ and __getitem__, or iterate over your own loader",
             )
-        if len(dataset) < micro_batch * ranks.world:
+        place, places = rows
+        if len(dataset) < micro_batch * places:
             raise ConfigError(
-                f"training_data has {len(dataset)} rows, and {ranks.world} ranks need {micro_batch} each for a step",
+                f"training_data has {len(dataset)} rows, and {places} ranks need {micro_batch} each for a step",
                 hint="use a smaller micro-batch or fewer processes",
             )
         self.dataset: Dataset[Any] = dataset
@@ -53,7 +54,7 @@ class EngineLoader:
         self.epoch = 0
         self.batches_taken = 0
         self._sampler: DistributedSampler[Any] = DistributedSampler(
-            dataset, num_replicas=ranks.world, rank=ranks.rank, shuffle=True, seed=seed, drop_last=True
+            dataset, num_replicas=places, rank=place, shuffle=True, seed=seed, drop_last=True
         )
         self._loader: DataLoader[Any] = DataLoader(
             dataset, batch_size=micro_batch, sampler=self._sampler, drop_last=True, collate_fn=collate_fn

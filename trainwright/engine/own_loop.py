@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainwright.base.errors import CheckpointError
+from trainwright.base.errors import CheckpointError, ConfigError
 from trainwright.checkpoint import Checkpointer
 from trainwright.comm import stop
 from trainwright.config import BatchSizes, LoadedEngineConfig
 from trainwright.engine.client import ClientOptimizer
 from trainwright.engine.consolidate import readable_weights
 from trainwright.engine.engine import Engine, Guard, LossSum, StepReport
+from trainwright.engine.queued import QueuedSteps, own_loss
 from trainwright.models import Decoder
 from trainwright.models.exporting import save_weights
 
@@ -50,13 +51,46 @@ class OwnLoopEngine(Engine):
         self.lr_scheduler = scheduler
         self._owns_ranks = owns_ranks
         self._checkpointers: dict[Path, Checkpointer] = {}
+        pipeline = self.data_parallel.mesh.pipeline
+        self._queue = QueuedSteps(self._device, pipeline.group) if pipeline.size > 1 else None
 
     # --- the loop ---
 
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """See `Engine.__call__`. Over a pipeline: takes a micro-batch by name, whose loss is known when its step is.
+
+        Raises:
+            ConfigError: the model is one of ours and divided so that nobody holds a whole forward pass.
+        """
+        if self._queue is None and self._cut is None:
+            return super().__call__(*inputs, **named)
+        if self._queue is None or isinstance(self.model, Decoder):
+            raise ConfigError(
+                "this layout divides a forward pass over ranks, so that no rank has all logits to return",
+                hint="use engine.forward_backward(task.loss, batch, micro_rows=...), with trainwright.tasks.CausalLM()",
+            )
+        if inputs:
+            raise ConfigError("a pipeline takes micro-batches by name: engine(input_ids=..., labels=...)")
+        return self._queue.add(named)
+
     def backward(self, output: LossSum | Tensor) -> Tensor:
         """See `Engine.backward`; the returned loss is divided by the accumulation, as DeepSpeed's is."""
+        if self._queue is not None and self._queue.holds(output):
+            return self._backward_queued(self._queue, output)
         loss = super().backward(output)
         return loss / self.accumulation if isinstance(output, Tensor) else loss
+
+    def _backward_queued(self, queue: QueuedSteps, loss: Any) -> Tensor:
+        if self._open:
+            self.micro_steps += 1
+        self._open = True
+        if self.at_boundary:
+            loss_sum, count = self._schedule.run(own_loss, queue.take())
+            if self._counts_loss:
+                self._loss_sum += loss_sum
+                self._count += count
+            queue.fill(loss_sum)
+        return loss / self.accumulation
 
     def step(self, guard: Guard | None = None) -> StepReport | None:
         """See `Engine.step`; steps the client's scheduler too, unless the step overflowed."""

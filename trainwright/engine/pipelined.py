@@ -35,11 +35,9 @@ class Pipelined:
         engine, parallel = self._engine, self._engine.data_parallel
         tokens = torch.tensor(micro_batches[0]["input_ids"].numel())
         scale = 1.0 if engine.scaler is None else engine.loss_factor(tokens)
-        sums = self.runner.forward_backward(
+        return self.runner.forward_backward(
             loss, micro_batches, begin_backward=parallel.begin_backward, end_backward=parallel.end_backward, scale=scale
         )
-        engine.micro_steps += len(micro_batches) - 1  # the last one is counted by the step
-        return sums
 
     def evaluate(self, loss: Loss, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         return self.runner.evaluate(loss, micro_batches)

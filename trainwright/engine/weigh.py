@@ -43,15 +43,11 @@ def refuse_too_large(
         precision=policy.name,
         optimizer=settings.optim.name if settings.optim is not None else "none",
         update=settings.precision.update if isinstance(settings.precision, BF16PurePrecision) else "master",
-        zero=layout.zero,
-        shard=layout.shard,
-        accumulate=layout.accumulate,
-        gather=layout.gather,
         optimizer_state=settings.memory.optimizer_state,
         parameters=settings.memory.parameters,
         host_is_device=ranks.device.type == "cpu",
         block_parameters=max(blocks, default=None),
-    )
+    ).under(layout)
     folder = settings.memory.nvme_path
     nvme = folder is not None
     limits = memory_limits(

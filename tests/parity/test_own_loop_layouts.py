@@ -1,0 +1,107 @@
+"""A loop of one's own under layouts that divide the model: the same three calls, the same training as one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from trainwright.comm import ALONE, start
+from trainwright.comm.ranks import Ranks
+from trainwright.engine.initialize import initialize
+from trainwright.models import LlamaConfig, build_model
+from trainwright.tasks import CausalLM
+from trainwright.testing import run_ranks, tiny_llama_config
+
+STEPS = 4
+ROWS, TOKENS = 8, 16
+
+
+def hugging_face() -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def config(parallel: dict[str, Any], rows_ranks: int) -> dict[str, Any]:
+    return {
+        "batch": {"global": ROWS, "accumulation": 4 // rows_ranks},
+        "optim": {"name": "adamw", "lr": 1e-2, "clip_norm": 1.0, "eps": 1e-3},
+        "precision": "fp32",
+        "parallel": parallel,
+        "seed": 1,
+    }
+
+
+def rows_of(step: int, engine: Any) -> torch.Tensor:
+    place, places = engine.data_parallel.mesh.rows
+    ids = torch.randint(64, (ROWS, TOKENS), generator=torch.Generator().manual_seed(step))
+    return ids[place::places]
+
+
+def three_calls(parallel: dict[str, Any], ranks: Ranks, rows_ranks: int = 1) -> list[float]:
+    """Losses of the steps as the loop sees them, then a checksum of all parameters of this rank."""
+    engine = initialize(model=hugging_face(), config=config(parallel, rows_ranks), ranks=ranks).engine
+    seen = []
+    for step in range(STEPS):
+        losses = []
+        for ids in rows_of(step, engine).split(engine.batch.micro):
+            output = engine(input_ids=ids, labels=ids)
+            engine.backward(output.loss)
+            losses.append(output.loss)
+            engine.step()
+        assert engine.last_report is not None
+        seen += [float(engine.last_report.loss), float(engine.last_report.grad_norm), float(losses[0].isfinite())]
+    assert engine.global_steps == STEPS
+    engine.destroy()
+    return seen
+
+
+def whole_batches(parallel: dict[str, Any], ranks: Ranks, rows_ranks: int = 1) -> list[float]:
+    model = build_model(LlamaConfig(**tiny_llama_config(vocab_size=64, num_layers=4)), seed=2)
+    engine = initialize(model=model, config=config(parallel, rows_ranks), ranks=ranks).engine
+    seen = []
+    for step in range(STEPS):
+        ids = rows_of(step, engine)
+        batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+        # 15 tokens would not divide over ranks: one more, which is not trained.
+        batch = {
+            "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 1)),
+            "labels": torch.nn.functional.pad(batch["labels"], (0, 1), value=-100),
+        }
+        engine.forward_backward(CausalLM().loss, batch, micro_rows=engine.batch.micro)
+        report = engine.step()
+        assert report is not None
+        seen += [float(report.loss), float(report.grad_norm)]
+    engine.destroy()
+    return seen
+
+
+def under_layouts(rank: int, world: int) -> list[list[float]]:
+    torch.set_num_threads(1)
+    ranks = start()
+    found = [
+        three_calls({"pipeline": 2}, ranks),
+        three_calls({"tensor": 2, "zero": 0}, ranks),
+        three_calls({"zero": 3}, ranks, rows_ranks=2),
+    ]
+    for parallel in ({"pipeline": 2}, {"context": 2, "zero": 1}, {"tensor": 2}):
+        found.append(whole_batches(parallel, ranks))
+    return found
+
+
+def test_the_same_loop_over_a_pipeline_tensor_ranks_and_context_ranks() -> None:
+    expected = [three_calls({"zero": 0}, ALONE)] * 3 + [whole_batches({"zero": 0}, ALONE)] * 3
+    for found in run_ranks(under_layouts, 2, timeout=150):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
