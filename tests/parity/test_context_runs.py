@@ -181,7 +181,7 @@ def test_what_is_sent(world: int, documents: bool) -> None:
     for result in run_ranks(sent, world, documents, timeout=120):
         for ulysses, (forward, calls, traffic) in result.items():
             ring = world // ulysses
-            local = {"documents": 4 * ROWS * LENGTH * (world - 1) // world} if documents else {}
+            local = {"documents": layers * 4 * ROWS * LENGTH * (world - 1) // world} if documents else {}
             hops = layers * (ring - 1)
             if ring > 1:
                 # K and V make ring - 1 hops in each direction of the pass, their gradients ring - 1 in backward.
@@ -194,8 +194,8 @@ def test_what_is_sent(world: int, documents: bool) -> None:
                 local["ulysses"] = layers * 2 * tokens * heads * head * (ulysses - 1) // ulysses // 2
             assert traffic == local, (world, ulysses)
             exchanges = 2 * layers if ulysses > 1 else 0
-            assert forward == hops + exchanges + int(documents), (world, ulysses, calls)
-            assert sum(calls.values()) == 3 * hops + 2 * exchanges + int(documents), (world, ulysses, calls)
+            assert forward == hops + exchanges + layers * documents, (world, ulysses, calls)
+            assert sum(calls.values()) == 3 * hops + 2 * exchanges + layers * documents, (world, ulysses, calls)
 
 
 def held(rank: int, world: int) -> dict[int, int]:
@@ -261,10 +261,10 @@ def test_logits_generation_and_refusals() -> None:
     assert max(run_ranks(logits_and_generation, 2, timeout=120)[0]) < 1e-5
 
 
-BUDGET = 160 << 20
+BUDGET = 300 << 20
 """Bytes of memory that a rank may take for a training step, beside what it has before."""
 
-SHORT, LONG = 1536, 6144
+SHORT, LONG = 1536, 6144  # resident memory of a step, measured: 180 and 1410 MiB on one rank, 171 MiB on each of four
 WIDE = LlamaConfig(
     **tiny_llama_config(hidden_size=256, intermediate_size=512, num_heads=8, num_kv_heads=8, head_dim=32)
 )

@@ -4,7 +4,6 @@ against.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trainwright.base.errors import ModelError
@@ -17,7 +16,7 @@ from trainwright.ops.attention.choose import (
     choose_backend,
 )
 from trainwright.ops.attention.library import flex_attention, sdpa_attention
-from trainwright.ops.attention.masking import check_arguments
+from trainwright.ops.attention.masking import autocast_inputs, check_arguments
 from trainwright.ops.attention.merge import merge_parts
 from trainwright.ops.attention.partial import DroppedWeights, attention_part, attention_part_backward
 from trainwright.ops.attention.plain import attention_reference, grouped_attention
@@ -31,6 +30,7 @@ __all__ = [
     "attention_part",
     "attention_part_backward",
     "attention_reference",
+    "autocast_inputs",
     "choose_backend",
     "merge_parts",
 ]
@@ -58,9 +58,7 @@ def attention(
     """
     check_arguments(q, k, v, causal=causal, window=window, document_ids=document_ids, key_mask=key_mask)
     device_type = q.device.type
-    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = autocast_inputs(q, k, v)
     length, keys = q.shape[1], k.shape[1]
     if window is not None and window >= keys:
         window = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainwright.base.errors import ModelError
 
-__all__ = ["attention_mask", "check_arguments"]
+__all__ = ["attention_mask", "autocast_inputs", "check_arguments"]
 
 
 def attention_mask(
@@ -55,6 +55,15 @@ def attention_mask(
         present = key_mask[:, None, k0:k1]
         mask = present.expand(-1, q1 - q0, -1) if mask is None else mask & present
     return mask
+
+
+def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the autocast dtype where autocast is on, as torch's own attention takes them; float64 stays."""
+    kind = q.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:  # autocast knows no meta
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def check_arguments(

@@ -18,6 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The one private name: a tensor without contents must not be gone through block by block (a dry run of a long row).
+from torch._subclasses.fake_tensor import FakeTensor
+
 from trainwright.ops.attention import flash
 from trainwright.ops.attention.pairs import Rectangle, block_pairs, check_part, pair_mask, rectangles
 from trainwright.ops.dropout import keep_mask
@@ -78,7 +81,7 @@ def attention_part(
     check_part(q, k, v, q_positions, k_positions)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
-    if q.device.type == "meta":
+    if _is_empty(q):
         return q.new_empty(q.shape, dtype=wide), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide)
     areas = rectangles(q_positions, k_positions, window)
     if q_documents is None and dropped is None and flash.is_usable(q, areas):
@@ -132,7 +135,7 @@ def attention_part_backward(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
-    if q.device.type == "meta":
+    if _is_empty(q):
         return (q.new_empty(q.shape, dtype=wide), k.new_empty(k.shape, dtype=wide), v.new_empty(v.shape, dtype=wide))
     areas = rectangles(q_positions, k_positions, window)
     if q_documents is None and dropped is None and flash.is_usable(q, areas):
@@ -160,6 +163,10 @@ def attention_part_backward(
             grad_k[:, :, inside] += shares[1]
             grad_v[:, :, inside] += shares[2]
     return grad_q.flatten(1, 2).transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+
+
+def _is_empty(x: Tensor) -> bool:
+    return x.device.type == "meta" or isinstance(x, FakeTensor)
 
 
 def _heads_first(x: Tensor, kv_heads: int | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from trainwright.models import Decoder
 from trainwright.models.attention import SelfAttention, attend
 from trainwright.models.cache import LayerCache
 from trainwright.models.dropout import KeptWeights
+from trainwright.ops.attention import autocast_inputs
 from trainwright.parallel.context.exchange import ContextGroup
 from trainwright.parallel.context.order import SequenceOrder
 from trainwright.parallel.context.problems import choose_ulysses
@@ -59,11 +60,9 @@ class ContextAttention:
         if cache is not None:
             return attend(q, k, v, document_ids=document_ids, key_mask=key_mask, cache=cache, **masks)
         self._check(q, key_mask, dropout, kept)
-        if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(q.device.type)
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = autocast_inputs(q, k, v)
         order = self.group.order
-        documents = None if document_ids is None else self.group.gather(document_ids, "documents")
+        documents = None if document_ids is None else self.group.gather(document_ids.to(torch.int32), "documents")
         if order.ulysses > 1:
             q, k, v = positions_to_heads(self.group, q, k, v)
         kept = self._kept_of_all(kept, q.shape[2]) if dropout > 0.0 and kept is not None else None
@@ -78,7 +77,7 @@ class ContextAttention:
         if dropout > 0.0 and kept is None:
             raise ModelError(
                 f"attention weights with dropout {dropout} on rows that are divided over {self.group.axis.size} ranks",
-                hint="call model.set_dropout(seed=..., rows=...) before the forward pass, or set attention dropout to 0",
+                hint="call model.set_dropout(seed=..., rows=...) before each forward pass, or no attention dropout",
             )
         if key_mask is not None:
             raise ModelError(

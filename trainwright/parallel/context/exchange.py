@@ -8,7 +8,6 @@ cannot be traced into a compiled block together with its backward pass.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -49,9 +48,6 @@ class ContextGroup:
     order: SequenceOrder
     traffic: Traffic = field(default_factory=Traffic)
 
-    def __post_init__(self) -> None:
-        self._gathered: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
-
     @property
     def ring_rank(self) -> int:
         return self.axis.rank // self.order.ulysses
@@ -87,19 +83,13 @@ class ContextGroup:
     def gather(self, part: Tensor, kind: str) -> Tensor:
         """Integers [B, T / degree] of all context ranks, joined in order of rank: [B, T]; no gradient.
 
-        All layers of a model get the same ids and positions as one tensor, which is gathered once. All ranks run the
-        same program, so all of them or none find what the layer before has gathered.
+        Every layer gathers anew. A rank that remembered what the layer before has gathered could wait for nobody, or
+        somebody for it, as soon as one rank alone has hooks that give a layer another tensor of the same ids.
         """
         assert self.axis.group is not None
         if torch.compiler.is_compiling():
             return functional.all_gather_tensor(part.contiguous(), 1, self.axis.group)
-        if kind in self._gathered:
-            last, version, joined = self._gathered[kind]
-            if last() is part and version == part._version:
-                return joined
         pieces = torch.empty(self.axis.size, *part.shape, dtype=part.dtype, device=part.device)
         dist.all_gather(list(pieces.unbind()), part.contiguous(), group=self.axis.group)
         self.traffic.add(kind, pieces.numel() * pieces.element_size(), self.axis.size)
-        joined = pieces.transpose(0, 1).flatten(1)
-        self._gathered[kind] = (weakref.ref(part), part._version, joined)
-        return joined
+        return pieces.transpose(0, 1).flatten(1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -138,7 +139,8 @@ def ring_attention(ring: Ring, q: Tensor, k: Tensor, v: Tensor, masking: Masking
 
     Gives [B, T, Hq, D] in the dtype of q.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    autocast_off = torch.autocast(q.device.type, enabled=False) if q.device.type != "meta" else nullcontext()
+    with autocast_off:
         if torch.compiler.is_compiling():
             out: Tensor = _ring_operator(q, k, v, ring.name, *masking)[0]
         else:
@@ -204,8 +206,10 @@ def _ring_backward_operator(
     first_head: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     masking = Masking(documents, window, scale, keys, places, dropout, first_head)
-    grads = Ring.named(ring).backward(grad_out, q, k, v, out, lse, masking)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    grad_q, grad_k, grad_v = Ring.named(ring).backward(grad_out, q, k, v, out, lse, masking)
+    # Those of keys and values are views of one tensor, and results of an operator must not share memory.
+    plain = torch.contiguous_format
+    return grad_q.contiguous(), grad_k.clone(memory_format=plain), grad_v.clone(memory_format=plain)
 
 
 @_ring_backward_operator.register_fake
