@@ -7,10 +7,8 @@ from trainwright.optim.clip import (
     clip_factor,
     clip_gradients,
     gradient_norm,
-    norm_from,
     parts_of,
     squared_norm_sum,
-    squared_norms,
 )
 from trainwright.optim.ema import EMA
 from trainwright.optim.groups import GroupSummary, describe_groups
@@ -40,8 +38,6 @@ __all__ = [
     "clip_gradients",
     "describe_groups",
     "gradient_norm",
-    "norm_from",
     "parts_of",
     "squared_norm_sum",
-    "squared_norms",
 ]

@@ -24,10 +24,8 @@ __all__ = [
     "clip_factor",
     "clip_gradients",
     "gradient_norm",
-    "norm_from",
     "parts_of",
     "squared_norm_sum",
-    "squared_norms",
 ]
 
 ROUNDING_GUARD = 1e-6
@@ -56,24 +54,6 @@ def squared_norm_sum(parameters: Iterable[Tensor], holders: Callable[[Tensor], i
     for count, grads in sorted(parts.items()):
         total += _sum_of_squares(grads, device) / count
     return total
-
-
-@torch.no_grad()
-def squared_norms(parameters: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums of squares of this rank's gradients, of sharded and of replicated parameters: scalars on their device."""
-    known = list(parameters)
-    parts: dict[bool, list[Tensor]] = {True: [], False: []}
-    for p in known:
-        grad = local_gradient(p)
-        if grad is not None:
-            parts[shard_of(p) is not None].append(grad)
-    device = local_part(known[0]).device if known else torch.device("cpu")
-    return _sum_of_squares(parts[True], device), _sum_of_squares(parts[False], device)
-
-
-def norm_from(sharded: Tensor, replicated: Tensor) -> Tensor:
-    """The Euclidean norm (an fp32 scalar) from `squared_norms`, its first part summed over the ranks that share it."""
-    return (sharded + replicated).sqrt().float()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainwright.base.errors import ConfigError
-from trainwright.optim.clip import norm_from, squared_norm_sum, squared_norms
+from trainwright.optim.clip import squared_norm_sum
 from trainwright.optim.optimizer import GroupedOptimizer
 from trainwright.optim.shard import local_part, shard_of
 
@@ -44,8 +44,6 @@ class StepInBackward:
     Attributes:
         squared_norm: `clip.squared_norm_sum` of the last step's gradients before `gradient_factor`: an fp64 scalar;
             complete after `finish`.
-        squared_norms: sums of squares of the last step's gradients of (sharded, replicated) parameters, as
-            `clip.squared_norms` gives them, before `gradient_factor`; complete after `finish`.
 
     Raises:
         ConfigError: clipping, or an algorithm that needs whole matrices of sharded parameters.
@@ -73,7 +71,6 @@ class StepInBackward:
                     hint="use adamw, sgd or lion, or set memory.release_gradients to false",
                 )
         self.optimizer = optimizer
-        self.squared_norms = squared_norms([])
         self.squared_norm = squared_norm_sum([], _one)
         self.holders = holders or _one
         self._factor: float | Tensor | None = None
@@ -94,8 +91,7 @@ class StepInBackward:
         self.optimizer.begin_step()
         self._factor = gradient_factor
         first = local_part(self.optimizer.param_groups[0]["params"][0]).detach()
-        self.squared_norms = squared_norms([first])  # zeros on the right device: no parameter, no gradient
-        self.squared_norm = squared_norm_sum([first], _one)
+        self.squared_norm = squared_norm_sum([first], _one)  # zero on the right device: no parameter, no gradient
         self._armed = True
 
     def finish(self) -> None:
@@ -110,8 +106,8 @@ class StepInBackward:
         self._factor = None
 
     def gradient_norm(self) -> Tensor:
-        """Norm of the last step's gradients before `gradient_factor`, of this rank's part where they are sharded."""
-        return norm_from(*self.squared_norms)
+        """Norm of the last step's gradients before `gradient_factor`, of this rank's part where they are divided."""
+        return self.squared_norm.sqrt().float()
 
     def close(self) -> None:
         """Take the hooks off the parameters again."""
@@ -125,9 +121,6 @@ class StepInBackward:
 
     @torch.no_grad()
     def _release(self, parameter: Tensor) -> None:
-        sharded, replicated = squared_norms([parameter])
-        self.squared_norms[0].add_(sharded.to(self.squared_norms[0].device))
-        self.squared_norms[1].add_(replicated.to(self.squared_norms[1].device))
         self.squared_norm.add_(squared_norm_sum([parameter], self.holders).to(self.squared_norm.device))
         self.optimizer.step_part([parameter], self._factor)
         parameter.grad = None
