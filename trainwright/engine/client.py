@@ -11,20 +11,24 @@ from torch.distributed.tensor import DTensor
 
 from trainwright.base.errors import CheckpointError, ConfigError
 from trainwright.base.protocols import StateDict
+from trainwright.parallel.pipeline import alias_parameters
 
 __all__ = ["ClientOptimizer", "names_of", "point_at"]
 
 
 def names_of(model: nn.Module) -> dict[Tensor, str]:
-    """The name of every parameter; a tied one has its first."""
+    """The name of every parameter in the whole model; a tied one has its first."""
+    aliases = alias_parameters(model)
     names: dict[Tensor, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, name)
+        names.setdefault(parameter, aliases.get(name, name))
     return names
 
 
 def point_at(optimizer: torch.optim.Optimizer, before: Mapping[Tensor, str], model: nn.Module) -> None:
     """Let an optimizer that was made over the parameters `before` a model was divided train those it has now.
+
+    Those that other stages of a pipeline have are left out.
 
     Raises:
         ConfigError: it holds parameters that are not the model's, or state from steps that it took already.
@@ -34,7 +38,8 @@ def point_at(optimizer: torch.optim.Optimizer, before: Mapping[Tensor, str], mod
             "the optimizer has taken steps already, and its state cannot be divided afterwards",
             hint="pass a fresh one, or a callable that makes it: optimizer=lambda parameters: AdamW(parameters)",
         )
-    now = dict(model.named_parameters(remove_duplicate=False))
+    now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    now |= {name: parameter for parameter, name in names_of(model).items()}
     for group in optimizer.param_groups:
         strange = [p for p in group["params"] if p not in before]
         if strange:
@@ -43,7 +48,7 @@ def point_at(optimizer: torch.optim.Optimizer, before: Mapping[Tensor, str], mod
                 f" (the first has shape {list(strange[0].shape)})",
                 hint="make it over model.parameters() of the model that you pass",
             )
-        group["params"] = [now[before[p]] for p in group["params"]]
+        group["params"] = [now[before[p]] for p in group["params"] if before[p] in now]
 
 
 class ClientOptimizer:
@@ -103,34 +108,50 @@ class ClientOptimizer:
             group["lr"] = rate
 
     def state_dict(self) -> StateDict:
-        """`{"parameters": {name: state}, "groups": [options]}`; tensors are not copied."""
+        """`{"parameters": {name: state}, "settings": {name: options of its group}}`; tensors are not copied.
+
+        What belongs to a parameter stands under its name, so that states of pipeline stages join to that of all.
+        """
         state = self.optimizer.state_dict()
         order = [p for group in self.param_groups for p in group["params"]]
         parameters = {self._names[order[int(index)]]: dict(entries) for index, entries in state["state"].items()}
-        groups = []
+        settings: StateDict = {}
         for saved, group in zip(state["param_groups"], self.param_groups, strict=True):
             options = {key: value for key, value in saved.items() if key != "params" and _is_plain(value)}
-            groups.append({**options, "names": [self._names[p] for p in group["params"]]})
-        return {"parameters": parameters, "groups": groups}
+            settings |= {self._names[p]: dict(options) for p in group["params"]}
+        return {"parameters": parameters, "settings": settings}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of `state_dict`; raises CheckpointError when the groups hold other parameters."""
         mine = [[self._names[p] for p in group["params"]] for group in self.param_groups]
-        saved = [group["names"] for group in state["groups"]]
-        if mine != saved:
+        settings = _settings(state)
+        known = {name for names in mine for name in names}
+        mixed = [names for names in mine if any(settings.get(name) != settings.get(names[0]) for name in names)]
+        if set(settings) != known or mixed:
             raise CheckpointError(
-                f"optimizer state has groups of {[len(names) for names in saved]} parameters, this optimizer of"
-                f" {[len(names) for names in mine]}, or under other names",
+                f"optimizer state is of {len(settings)} parameters, this optimizer of {len(known)} in groups of"
+                f" {[len(names) for names in mine]}, or they are under other names or in other groups",
                 hint="make the optimizer over the same parameter groups as when it was saved",
             )
         current = self.optimizer.state_dict()
         index_of = {name: index for index, name in enumerate(name for names in mine for name in names)}
-        groups = []
-        for fresh, group in zip(current["param_groups"], state["groups"], strict=True):
-            options = {key: value for key, value in group.items() if key != "names"}
-            groups.append({**fresh, **options})
+        groups = [
+            {**fresh, **(settings[names[0]] if names else {})}
+            for fresh, names in zip(current["param_groups"], mine, strict=True)
+        ]
         entries = {index_of[name]: dict(values) for name, values in state["parameters"].items()}
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _settings(state: StateDict) -> dict[str, dict[str, Any]]:
+    """Options by parameter; versions before pipelines saved groups with the names of their parameters."""
+    if "groups" not in state:
+        return dict(state["settings"])
+    return {
+        name: {key: value for key, value in group.items() if key != "names"}
+        for group in state["groups"]
+        for name in group["names"]
+    }
 
 
 def _is_plain(value: Any) -> bool:
