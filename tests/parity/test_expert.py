@@ -31,6 +31,7 @@ LIMIT = 1e-5
 KINDS: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "mixtral-capacity": {"capacity_factor": 0.8},
+    "mixtral-few": {"num_experts": 2, "experts_per_token": 1},
     "qwen2": {
         "architecture": "qwen2_moe",
         "qkv_bias": True,
@@ -206,6 +207,7 @@ FOURS = [
     ("qwen2", {"zero": 3, "shard": 4, "expert": 2, "gather": "micro_batch"}),
     ("deepseek", {"zero": 1, "shard": 2, "expert": 2}),
     ("mixtral", {"zero": 2, "shard": 4, "expert": 4}),
+    ("mixtral-few", {"zero": 3, "shard": 4, "expert": 2, "gather": "micro_batch"}),  # one expert on two ranks
     ("qwen2", {"zero": 0, "shard": 1, "expert": 2, "tensor": 2}),
     ("deepseek", {"zero": 3, "shard": 2, "expert": 2, "tensor": 2, "gather": "micro_batch"}),
     ("mixtral", {"zero": 3, "shard": 4, "expert": 2, "context": 2}),

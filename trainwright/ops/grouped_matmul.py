@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainwright.ops.contents import has_contents
+
 __all__ = ["GroupedKernel", "grouped_matmul", "grouped_matmul_reference"]
 
 _ALIGNMENT = 16
@@ -30,10 +32,10 @@ def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         x, weight = x.to(wanted), weight.to(wanted)
     elif x.dtype != weight.dtype:
         x = x.to(weight.dtype)
-    if x.is_meta:
-        return x.new_empty(x.shape[0], weight.shape[1]) + 0 * (x.sum() + weight.sum())
-    if _has_kernel(x, weight):
-        out: Tensor = GroupedKernel.apply(x, weight, counts.cumsum(0, dtype=torch.int32))
+    if not has_contents(x):
+        out: Tensor = _Shapes.apply(x, weight)
+    elif _has_kernel(x, weight):
+        out = GroupedKernel.apply(x, weight, counts.cumsum(0, dtype=torch.int32))
     else:
         out = _Loop.apply(x, weight, counts.tolist())
     return out
@@ -100,6 +102,20 @@ class _Loop(torch.autograd.Function):
             if to_weight is not None:
                 torch.mm(gradient[rows].t(), x[rows], out=to_weight[group])
         return to_x, to_weight, None
+
+
+class _Shapes(torch.autograd.Function):
+    """What the product holds and gives, without its values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_empty(x.shape[0], weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 def _segments(counts: list[int]) -> list[tuple[slice, int]]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainwright.ops.contents import has_contents
+
 __all__ = ["ExpertOrder", "count_choices", "gather_copies", "reorder_rows", "sort_by_expert", "spread_tokens"]
 
 
@@ -50,7 +52,7 @@ def sort_by_expert(experts: Tensor, num_experts: int, kept: Tensor | None = None
     inverse = torch.empty_like(copies)
     inverse[copies] = torch.arange(copies.numel(), device=copies.device)
     counts = count_choices(flat, num_experts + 1)[:num_experts]
-    if kept is not None and not flat.is_meta:
+    if kept is not None and has_contents(flat):
         sent = int(counts.sum())
         copies, inverse = copies[:sent], inverse.clamp(max=sent)
     return ExpertOrder(copies, inverse, counts, experts.shape[1])

@@ -14,11 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from trainwright.base.errors import ConfigError
 from trainwright.comm.collectives import WireGroup
@@ -152,9 +154,24 @@ class _Wrap:
             reshard_after_forward=reshard,
             ignored_params=self.ignored,
             offload_policy=self.offload,
+            # Only experts: few of them are left on a rank, and rows that do not divide would leave ranks without any.
+            shard_placement_fn=None if shard is None else partial(_dimension_to_cut, ranks=shard.size),
         )
         assert isinstance(module, FSDPModule)
         self.done.append(ShardedModule(module, axis, replica or self.mesh.replica))
+
+
+def _dimension_to_cut(parameter: nn.Parameter, ranks: int) -> Shard | None:
+    """Along which dimension a parameter is divided: rows if they divide, else another that does and is whole so far."""
+    local: Tensor = parameter
+    taken: set[int] = set()
+    if isinstance(parameter, DTensor):
+        taken = {placement.dim for placement in parameter.placements if isinstance(placement, Shard)}
+        local = parameter.to_local()
+    if local.shape[0] % ranks == 0:
+        return None
+    free = [dim for dim in range(1, local.dim()) if dim not in taken and local.shape[dim] % ranks == 0]
+    return Shard(free[0]) if free else None
 
 
 def _policy(compute: torch.dtype | None) -> MixedPrecisionPolicy:

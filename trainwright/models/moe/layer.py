@@ -99,9 +99,17 @@ class MoE(nn.Module):
             scores = routing.scores.unflatten(0, x.shape[:2]) if config.auxiliary_weight else None
             self.record.add(count_choices(rows.flatten(1), config.num_experts), scores, kept)
         order = sort_by_expert(routing.experts, config.num_experts, kept)
-        outputs = gather_copies(self.mix(self.experts, tokens, order), order)
+        outputs = gather_copies(self.mix(self.experts, _as_multiplied(tokens), order), order)
         mixed = torch.bmm(routing.weights[:, None].to(outputs.dtype), outputs)
         return mixed.view_as(x)
+
+
+def _as_multiplied(tokens: Tensor) -> Tensor:
+    """Tokens in the type of products under autocast: k copies of each are made, and sent where experts are divided."""
+    kind = tokens.device.type
+    if not tokens.is_meta and torch.is_autocast_enabled(kind):
+        return tokens.to(torch.get_autocast_dtype(kind))
+    return tokens
 
 
 def _mix_here(experts: Experts, tokens: Tensor, order: ExpertOrder) -> Tensor:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainwright.comm.mesh import Axis
+from trainwright.ops.contents import has_contents
 from trainwright.ops.token_permutation import reorder_rows
 
 __all__ = ["Arrivals", "exchange_counts", "exchange_rows", "run_at_experts"]
@@ -50,7 +51,7 @@ def exchange_counts(counts: Tensor, axis: Axis) -> Arrivals:
 
 
 def even_arrivals(rows: int, experts: int, axis: Axis, device: torch.device) -> Arrivals:
-    """Of a model on the meta device, which has shapes and no routing: equally many rows for all."""
+    """Of a model that has shapes and no routing: equally many rows for all."""
     each = [rows // axis.size + (rank < rows % axis.size) for rank in range(axis.size)]
     received = [each[axis.rank]] * axis.size
     order = torch.empty(sum(received), dtype=torch.int64, device=device)
@@ -68,10 +69,10 @@ def run_at_experts(experts: Any, copies: Tensor, counts: Tensor, axis: Axis) -> 
 
     experts: (rows [R, D] sorted by expert, counts [experts here]) -> [R, D], the experts of this rank.
     """
-    if copies.is_meta:
-        arrivals = even_arrivals(copies.shape[0], counts.numel(), axis, copies.device)
-    else:
+    if has_contents(copies):
         arrivals = exchange_counts(counts, axis)
+    else:
+        arrivals = even_arrivals(copies.shape[0], counts.numel(), axis, copies.device)
     rows = exchange_rows(copies, arrivals.sent, arrivals.received, axis.group)
     done = experts(reorder_rows(rows, arrivals.order, arrivals.inverse), arrivals.counts)
     back = reorder_rows(done, arrivals.inverse, arrivals.order)
