@@ -173,15 +173,22 @@ def check(found: dict[str, Any], tolerance: float, drift: float) -> None:
     assert found["parameters"][0] < drift, found
 
 
-@pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_same_training(degree: int) -> None:
-    for result in run_ranks(parity_rank, degree, list(CONFIGS), "float32", timeout=300):
+@pytest.mark.parametrize(
+    ("degree", "kinds"),
+    [
+        (2, ["llama-biases", "gpt2-dropout"]),
+        pytest.param(2, list(CONFIGS), marks=pytest.mark.slow),
+        pytest.param(4, list(CONFIGS), marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_training(degree: int, kinds: list[str]) -> None:
+    for result in run_ranks(parity_rank, degree, kinds, "float32", timeout=300):
         for found in result.values():
             check(found, 1e-5, 1e-4)
 
 
 def test_what_differs_is_rounding() -> None:
     """In float64 twenty steps end in the same parameters to 1e-11."""
-    for result in run_ranks(parity_rank, 2, ["qwen3-three-kv", "gpt2-dropout"], "float64", timeout=120):
+    for result in run_ranks(parity_rank, 2, ["qwen3-three-kv"], "float64", timeout=120):
         for found in result.values():
             check(found, 1e-12, 1e-11)
