@@ -40,16 +40,15 @@ def train(
 
     console = ["monitor.console=quiet"] if quiet else ["monitor.console=plain"] if plain else []
     loaded = load_recipe(recipe, [*(overrides or ()), *console])
-    if dry_run or print_config:
-        _show(loaded, plan=dry_run, values=print_config)
-        return
     from trainwright.launch import launched, resolve_processes
 
-    if not launched():
-        processes = resolve_processes(loaded.recipe.launch.processes)
-        if processes > 1:
-            given = [recipe, *(overrides or ()), *console, "--resume", resume]
-            raise typer.Exit(_launch(loaded, given, processes))
+    processes = None if launched() else resolve_processes(loaded.recipe.launch.processes)
+    if dry_run or print_config:
+        _show(loaded, plan=dry_run, values=print_config, processes=processes)
+        return
+    if processes is not None and processes > 1:
+        given = [recipe, *(overrides or ()), *console, "--resume", resume]
+        raise typer.Exit(_launch(loaded, given, processes))
     from trainwright.trainer import Trainer
 
     Trainer(loaded, resume=resume).fit()
@@ -71,12 +70,12 @@ def _launch(loaded: LoadedRecipe, given: list[str], processes: int) -> int:
     )
 
 
-def _show(loaded: object, *, plan: bool, values: bool) -> None:
+def _show(loaded: object, *, plan: bool, values: bool, processes: int | None) -> None:
     from trainwright.config import LoadedRecipe
     from trainwright.trainer import settle
 
     assert isinstance(loaded, LoadedRecipe)
-    settled = settle(loaded, build_data=False)
+    settled = settle(loaded, build_data=False, processes=processes)
     if values:
         print(settled.loaded.explain())
     if plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainwright.models import ModelConfig
 
@@ -36,6 +36,17 @@ class MachineFacts:
     ranks: int = 1
     host_bytes: int | None = None
     ranks_on_host: int | None = None
+
+    def shared_by(self, processes: int) -> MachineFacts:
+        """What each of so many processes of this host has; these are the facts of one that had it all.
+
+        On a CPU they share cores, memory and the rate of products; each has a device of its own otherwise.
+        """
+        shared = replace(self, cores=max(1, self.cores // processes), ranks=processes, ranks_on_host=processes)
+        if self.kind != "cpu":
+            return replace(shared, host_bytes=None if self.host_bytes is None else self.host_bytes // processes)
+        peak = {name: rate / processes for name, rate in self.peak.items()}
+        return replace(shared, memory_bytes=self.memory_bytes // processes, peak=peak)
 
 
 @dataclass(frozen=True)

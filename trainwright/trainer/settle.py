@@ -49,13 +49,16 @@ class Settled:
     device: torch.device
 
 
-def settle(loaded: LoadedRecipe, *, build_data: bool = True, ranks: Ranks = ALONE) -> Settled:
+def settle(
+    loaded: LoadedRecipe, *, build_data: bool = True, ranks: Ranks = ALONE, processes: int | None = None
+) -> Settled:
     """Resolve a recipe against this machine and its data; the same on every rank.
 
     Args:
         loaded: the recipe as written.
         build_data: tokenize and pack what is not in the cache yet. False estimates from file sizes instead.
         ranks: the processes that train together; rank 0 measures for all.
+        processes: plan for so many processes of this host although this one is alone.
     """
     recipe = loaded.recipe
     threads = max(1, device_facts().cores // ranks.local_world)
@@ -67,6 +70,8 @@ def settle(loaded: LoadedRecipe, *, build_data: bool = True, ranks: Ranks = ALON
     dataset, data = ranks.first_then_others(lambda: _data(spec, loaded, build_data))
     model_config = source.config_for(data.vocab_size, data.sequence_length)
     machine = MachineFacts(**first_decides(ranks, lambda: asdict(machine_facts(ranks))))
+    if processes is not None:
+        machine = machine.shared_by(processes)
     plan = resolve(recipe, machine, data, model_facts(model_config, data.sequence_length))
     earlier = source.decisions(model_config, data.vocab_size)
     if recipe.model.attention == "auto":
