@@ -40,7 +40,7 @@ ENTERING_BYTES = 4.0
 """Of none: the inputs of attention and MLP, which tensor ranks gather and keep whole; all else they divide."""
 
 WIDE_INPUT_BYTES = 4.0
-"""full, where autocast leaves embeddings and with them the residual stream in fp32."""
+"""full, where the residual stream is fp32: as autocast leaves it, and as native decoders keep it when sharded."""
 
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.05, "lion": 4.0, "sgd": 4.0, "muon": 5.0, "adafactor": 0.1}
 """fp32 moments in bytes per parameter: AdamW two; Lion, SGD with momentum and Muon one; Adafactor almost none."""
@@ -280,7 +280,8 @@ def _activations(model: ModelFacts, settings: MemorySettings, part: RankPart, st
     plain += ENTERING_BYTES * (division.tensor - 1)  # in units of a tensor rank's share, as all below
     reduced = plain if kind == "none" else ACTIVATION_BYTES[kind]
     sharded = settings.zero > 0 and settings.shard > 1
-    if kind == "full" and settings.precision in AUTOCAST and not sharded:
+    native = model.shape is not None and model.shape.config is not None
+    if kind == "full" and settings.precision in AUTOCAST and (native or not sharded):
         reduced = WIDE_INPUT_BYTES
     passes, layers = 1, part.layers
     if division.stages > 1:
