@@ -155,6 +155,14 @@ def test_what_does_not_fit_is_refused() -> None:
         attention_part(q[:, :, :3], k, v, q_positions=[range(16)], k_positions=[range(16)])
 
 
+def test_tensors_without_contents_give_shapes() -> None:
+    q, k, v, grad = (x.to("meta") for x in tensors(64))
+    runs = {"q_positions": [range(64)], "k_positions": [range(64)]}
+    out, lse = attention_part(q, k, v, **runs)
+    assert (out.shape, lse.shape) == (q.shape, (2, 4, 64))
+    assert [x.shape for x in attention_part_backward(grad, q, k, v, out, lse, **runs)] == [q.shape, k.shape, v.shape]
+
+
 def kernel_scores(q: Tensor, k: Tensor, causal: bool, left: int, scale: float) -> Tensor:
     """Scores [B, H, T, S] under the rule that FlashAttention documents: the last query stands beside the last key."""
     groups = q.shape[2] // k.shape[2]

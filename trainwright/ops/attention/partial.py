@@ -27,7 +27,9 @@ from trainwright.ops.dropout import keep_mask
 
 __all__ = ["DroppedWeights", "attention_part", "attention_part_backward"]
 
-Q_BLOCK, K_BLOCK = 256, 512
+# Measured on 2 cores at 1x8x4096x64 bf16, forward + backward, plain / compiled: 128 x 512: 659 / 406 ms, 256 x 256:
+# 459 / 328, 256 x 512: 520 / 337, 512 x 512: 507 / 296; torch's flash kernel: 347, the `blocked` backend plain: 710.
+Q_BLOCK, K_BLOCK = 256, 256
 
 
 class DroppedWeights(NamedTuple):
