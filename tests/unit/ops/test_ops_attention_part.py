@@ -185,7 +185,7 @@ def play_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int, scale
 def play_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, left: int, scale: float
 ) -> tuple[Tensor, ...]:
-    assert grad.is_contiguous() and out.is_contiguous() and lse.is_contiguous()
+    assert all(x.is_contiguous() for x in (grad, out, lse))
     groups = q.shape[2] // k.shape[2]
     weights = (kernel_scores(q, k, causal, left, scale) - lse[..., None]).exp()
     delta = (grad * out).sum(-1).transpose(1, 2)[..., None]
