@@ -56,7 +56,7 @@ def without_contents(*, from_meta: bool = False) -> Iterator[FakeTensorMode]:
     """
     # FakeTensors are made of meta tensors and say `is_meta`; FSDP2 then takes them for parameters without storage.
     before = FakeTensor.__dict__.get("is_meta")
-    FakeTensor.is_meta = property(lambda self: self.fake_device.type == "meta")  # type: ignore[method-assign, assignment]
+    FakeTensor.is_meta = property(lambda self: self.fake_device.type == "meta")  # type: ignore[assignment]
     try:
         with FakeTensorMode(allow_non_fake_inputs=from_meta) as mode, _shapes_apart(), _without_votes():
             yield mode
@@ -64,7 +64,7 @@ def without_contents(*, from_meta: bool = False) -> Iterator[FakeTensorMode]:
         if before is None:
             del FakeTensor.is_meta
         else:
-            FakeTensor.is_meta = before  # type: ignore[method-assign]
+            FakeTensor.is_meta = before
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def _shapes_apart() -> Iterator[None]:
         with _disable_current_modes():
             return ours(self, schema)
 
-    ShardingPropagator._propagate_tensor_meta_non_cached = apart  # type: ignore[method-assign]
+    ShardingPropagator._propagate_tensor_meta_non_cached = apart  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -181,7 +181,7 @@ class Watch(TorchDispatchMode):
                 storages.resize(storage._cdata, size)
             return result
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
         super().__enter__()
         return self
 
@@ -210,11 +210,15 @@ class Watch(TorchDispatchMode):
         sent.bytes += max(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
+_find_group: Any = _resolve_process_group
+
+
 def _group_of(value: Any) -> dist.ProcessGroup | None:
     if isinstance(value, torch.ScriptObject):
         with contextlib.suppress(RuntimeError, TypeError):
             return dist.ProcessGroup.unbox(value)
     if isinstance(value, str):
         with contextlib.suppress(RuntimeError):
-            return _resolve_process_group(value)
+            found: dist.ProcessGroup = _find_group(value)
+            return found
     return None
