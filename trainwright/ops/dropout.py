@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["drop", "head_keys", "keep_mask", "site_keys", "token_keys"]
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_CHUNK = 1 << 17  # elements hashed at once on a CPU: their scratch stays in the cache (measured, docs/benchmarks.md)
+_CHUNK = 1 << 17  # elements hashed at once on a CPU, so that their scratch stays in the cache
 
 
 def _signed(value: int, bits: int) -> int:
