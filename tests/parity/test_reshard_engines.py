@@ -43,6 +43,8 @@ ONE = Layout(1, zero=0, shard=1)
 
 def layouts_for(family: str, ranks: Ranks) -> dict[str, tuple[Layout, Ranks]]:
     table = {"shard 4": LAYOUTS["shard 4"], **EXPERTS} if family == "moe" else LAYOUTS
+    if family == "gpt2":  # the short test
+        table = {name: layout for name, layout in table.items() if name not in ("tensor 4", "context 2, shard 2")}
     return {**{name: (layout, ranks) for name, layout in table.items()}, "one process": (ONE, ALONE)}
 
 
