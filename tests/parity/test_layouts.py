@@ -1,7 +1,7 @@
 """Every layout computes the same training: losses, norms, gradients and parameters equal those of one process.
 
-fp32, clipped, AdamW; relative differences below 1e-5 after 20 steps (3 in the quick suite). AdamW's eps is 1e-3, so that
-gradients near zero do not turn rounding into steps of full size.
+fp32, clipped, AdamW; relative differences below 1e-5 after 20 steps (3 in the quick suite). AdamW's eps is 1e-3, so
+that gradients near zero do not turn rounding into steps of full size.
 """
 
 from __future__ import annotations

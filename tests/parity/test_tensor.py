@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from trainwright.comm.mesh import Axis
 from trainwright.models import Decoder, GPT2Config, LlamaConfig, ModelConfig, build_model
 from trainwright.ops.linear_cross_entropy import LossSums
-from trainwright.parallel.tensor import apply_tensor, sum_partial_gradients
+from trainwright.parallel import complete_sums
+from trainwright.parallel.tensor import apply_tensor
 from trainwright.testing import run_ranks, tiny_gpt2_config, tiny_llama_config
 
 ROWS, LENGTH = 4, 24
@@ -114,7 +115,7 @@ def check_one(kind: str, axis: Axis, dtype: torch.dtype) -> dict[str, Any]:
     parameters = list(model.parameters())
 
     def finish() -> None:
-        sum_partial_gradients(parameters, axis)
+        complete_sums(parameters)
 
     found: dict[str, Any] = {}
     ours, theirs = (loss_sums(each, *batch(config, 0)) for each in (model, reference))

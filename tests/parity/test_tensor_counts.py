@@ -18,7 +18,8 @@ from trainwright.base.errors import ConfigError, ModelError
 from trainwright.comm.mesh import Axis
 from trainwright.memory.recompute import apply_recompute
 from trainwright.models import Decoder, GPT2Config, LlamaConfig, ModelConfig, build_model
-from trainwright.parallel.tensor import apply_tensor, overlap_problems, overlap_products, sum_partial_gradients
+from trainwright.parallel import complete_sums
+from trainwright.parallel.tensor import apply_tensor, overlap_problems, overlap_products
 from trainwright.testing import run_ranks, tiny_gpt2_config, tiny_llama_config
 
 ROWS, LENGTH = 2, 32
@@ -73,7 +74,7 @@ def count_rank(rank: int, world: int) -> dict[str, Any]:
             model = divided(config, axis)
             loss, forward = counted(lambda model=model: loss_of(model))
             _, backward = counted(loss.backward)
-            _, finish = counted(lambda model=model: sum_partial_gradients(model.parameters(), axis))
+            _, finish = counted(lambda model=model: complete_sums(model.parameters()))
             with torch.no_grad():
                 _, decode = counted(lambda model=model: model(torch.zeros(1, 1, dtype=torch.int64)))
             found[f"{name} {layers}"] = [forward, backward, finish, decode]
@@ -88,7 +89,7 @@ def test_collectives_are_the_textbook_ones() -> None:
             # The embedding's sum, the gather before the head, and one exchange of the loss's numbers (one chunk).
             assert forward == {GATHER: 2 * layers + 2, SCATTER: 2 * layers + 1}, name
             assert backward == {GATHER: 2 * layers + 1, SCATTER: 2 * layers + 1}, name
-            assert finish == {"all_reduce": 1}, name
+            assert finish == {"allreduce_": 1}, name
             # A single token cannot be divided: sums in place of gathers and scatters, and the logits are joined.
             assert decode == {"all_reduce": 2 * layers + 1, GATHER: 1}, name
 
@@ -251,7 +252,7 @@ def loss_and_squares(model: Decoder, axis: Axis) -> list[float]:
     model.zero_grad()
     loss = loss_of(model)
     loss.backward()
-    sum_partial_gradients(model.parameters(), axis)
+    complete_sums(model.parameters())
     return [
         loss.item(),
         sum(float(p.grad.full_tensor().square().sum()) for p in model.parameters()),  # type: ignore[union-attr]

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from trainwright.base.errors import ConfigError, ModelError
 from trainwright.comm.mesh import Axis
-from trainwright.parallel.tensor import apply_tensor, sum_partial_gradients
+from trainwright.parallel import complete_sums
+from trainwright.parallel.tensor import apply_tensor
 from trainwright.testing import run_ranks
 
 transformers = pytest.importorskip("transformers")
@@ -65,7 +66,7 @@ def transformers_rank(rank: int, world: int, kinds: list[str]) -> dict[str, Any]
             pair = [each(input_ids=ids, labels=ids) for each in (model, reference)]
             for output in pair:
                 output.loss.backward()
-            sum_partial_gradients(model.parameters(), axis)
+            complete_sums(model.parameters())
             losses.append(abs(pair[0].loss.item() / pair[1].loss.item() - 1))
             found[f"{kind} logits"] = (pair[0].logits - pair[1].logits).abs().max().item()
             for (name, mine), (_, theirs) in zip(model.named_parameters(), reference.named_parameters(), strict=True):

@@ -26,7 +26,7 @@ from trainwright.parallel import DataParallel, ZeroOptions, apply_zero, blocks_o
 from trainwright.parallel.context import apply_context, cut_batch
 from trainwright.parallel.expert import apply_expert, expert_modules
 from trainwright.parallel.pipeline import split_model
-from trainwright.parallel.tensor import apply_tensor
+from trainwright.parallel.tensor import apply_tensor, overlap_problems, overlap_products
 
 __all__ = ["Divided", "Sections", "divide"]
 
@@ -75,6 +75,7 @@ def divide(model: nn.Module, mesh: Mesh, policy: Precision, sections: Sections, 
         apply_chunked_mlp(model, chunks, blocks=[block for _, block in blocks_of(model)])
     hold(model, policy, sections.precision, mesh.ranks)
     recompute(model, sections.memory, mesh.ranks)
+    _overlap_tensor(mesh, sections.parallel.async_tensor, compiled=compiled)
     if compiled:
         compile_blocks(model)
     schedule = None if mesh.pipeline.size == 1 else lambda engine: Pipelined(engine, mesh)
@@ -87,6 +88,12 @@ def _refuse_host_parameters(memory: MemorySection, mesh: Mesh) -> None:
             "memory.parameters is host, but nothing is divided: parameters are held whole on the device",
             hint="use parallel.zero=3 on two or more processes, or memory.parameters=device",
         )
+
+
+def _overlap_tensor(mesh: Mesh, wanted: bool | str, *, compiled: bool) -> None:
+    device = mesh.ranks.device
+    if wanted is True or (wanted == "auto" and not overlap_problems(mesh.tensor, device=device, compiled=compiled)):
+        overlap_products(mesh.tensor, device=device, compiled=compiled)
 
 
 def _apply_context(model: nn.Module, mesh: Mesh, *, compiled: bool) -> Callable[[Batch], Batch] | None:

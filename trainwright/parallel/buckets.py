@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -153,19 +153,21 @@ class Buckets:
 
 
 @torch.no_grad()
-def complete_sums(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum gradients that are parts of a sum over an axis of their parameter's own mesh: one message for each mesh.
+def complete_sums(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum gradients that are parts of a sum over an axis of their parameter's own mesh: one message for each mesh
+    and type, in fp32 at least.
 
     Norms under sequence parallelism see some of the tokens, replicated key and value heads some of the queries.
     """
-    waiting: dict[DeviceMesh, list[tuple[nn.Parameter, Tensor]]] = {}
+    waiting: dict[tuple[DeviceMesh, torch.dtype], list[tuple[nn.Parameter, Tensor]]] = {}
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and _is_partial(gradient):
             assert gradient.device_mesh.ndim == 1, "parameters are divided over one axis before ZeRO"
-            waiting.setdefault(gradient.device_mesh, []).append((parameter, gradient._local_tensor))
-    for mesh, pairs in waiting.items():
-        flat = torch.cat([local.reshape(-1).to(torch.float32) for _, local in pairs])
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            waiting.setdefault((gradient.device_mesh, wide), []).append((parameter, gradient._local_tensor))
+    for (mesh, wide), pairs in waiting.items():
+        flat = torch.cat([local.reshape(-1).to(wide) for _, local in pairs])
         dist.all_reduce(flat, group=mesh.get_group())
         sums = flat.split([local.numel() for _, local in pairs])
         for (parameter, local), part in zip(pairs, sums, strict=True):

@@ -5,13 +5,11 @@ from __future__ import annotations
 from trainwright.parallel.tensor.apply import apply_tensor
 from trainwright.parallel.tensor.legality import legal_degrees, tensor_problems
 from trainwright.parallel.tensor.overlap import overlap_problems, overlap_products
-from trainwright.parallel.tensor.parameters import sum_partial_gradients
 
 __all__ = [
     "apply_tensor",
     "legal_degrees",
     "overlap_problems",
     "overlap_products",
-    "sum_partial_gradients",
     "tensor_problems",
 ]

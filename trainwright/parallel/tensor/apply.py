@@ -47,7 +47,7 @@ def apply_tensor(model: nn.Module, axis: Axis, plan: ModelPlan | None = None) ->
 
     From outside the model is what it was: whole ids and labels go in, whole hidden states and sums come out, parameter
     names stay. Parameters become DTensors on `axis.mesh`; of those that each rank holds whole, each has an addend of
-    the gradient (`Partial`), which FSDP2 or `sum_partial_gradients` sums. Inside, blocks see [B, T / t, D].
+    the gradient (`Partial`), which FSDP2 or `parallel.complete_sums` sums. Inside, blocks see [B, T / t, D].
 
     Args:
         axis: an axis of one rank leaves the model alone.

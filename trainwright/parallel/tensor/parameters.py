@@ -1,17 +1,14 @@
-"""Parameters of a tensor axis: DTensors made of equal values without a message, and the sums of their gradients."""
+"""Parameters of a tensor axis: DTensors made of equal values without a message."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from trainwright.comm.mesh import Axis
-from trainwright.parallel.tensor.collectives import all_reduce
 
-__all__ = ["Divider", "local", "part_of", "sum_partial_gradients"]
+__all__ = ["Divider", "local", "part_of"]
 
 
 def part_of(size: int, axis: Axis) -> tuple[int, int]:
@@ -73,24 +70,3 @@ class Divider:
             values, self._mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
         return nn.Parameter(divided, requires_grad=parameter.requires_grad)
-
-
-@torch.no_grad()
-def sum_partial_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
-    """Make complete the gradients of which every rank of the axis has an addend, in one message per type.
-
-    Those are the gradients of parameters that all ranks hold and each used for its own tokens or heads. Only for
-    parameters that nothing else divides: FSDP2 does the same for those it manages.
-    """
-    addends: dict[torch.dtype, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        gradient = parameter.grad
-        if isinstance(gradient, DTensor) and gradient.placements == (Partial(),):
-            addends.setdefault(gradient.dtype, []).append(parameter)
-    for among in addends.values():
-        gradients = [parameter.grad for parameter in among]
-        flat = torch.cat([g.to_local().reshape(-1) for g in gradients if isinstance(g, DTensor)])
-        summed = all_reduce(flat, axis).split([parameter.numel() for parameter in among])
-        for parameter, values in zip(among, summed, strict=True):
-            assert axis.mesh is not None
-            parameter.grad = DTensor.from_local(values.view(parameter.shape), axis.mesh, [Replicate()], run_check=False)
