@@ -20,6 +20,7 @@ from trainwright.models.moe.model import MoEForCausalLM
 from trainwright.parallel import apply_zero
 from trainwright.parallel.context import apply_context, cut_batch
 from trainwright.parallel.expert import apply_expert, expert_modules
+from trainwright.parallel.expert.exchange import run_at_experts
 from trainwright.parallel.tensor import apply_tensor
 from trainwright.tasks import CausalLM
 from trainwright.testing import run_ranks, tiny_moe_config
@@ -249,3 +250,38 @@ def test_memory_and_messages() -> None:
         assert storage == before // 3 // 2 // layers
         assert forward == {"c10d.alltoall_base_": 3 * layers}
         assert backward == {"c10d.alltoall_base_": 2 * layers}
+
+
+def _travelled(rank: int, world: int) -> list[bool]:
+    """Whether rows come back as they went, whatever the routing, and were where their experts are."""
+    axis = make_mesh(Layout(world=world, zero=0, shard=1, expert=world), start()).expert
+    held: list[bool] = []
+    here = range(axis.rank * 3, axis.rank * 3 + 3)  # 3 experts on each rank
+    for case in ("even", "uneven", "one expert", "nothing"):
+        generator = torch.Generator().manual_seed(rank)
+        chosen = {
+            "even": torch.randint(0, 3 * world, (50,), generator=generator),
+            "uneven": torch.randint(0, 3 + rank, (9 * rank,), generator=generator),
+            "one expert": torch.full((7,), 1),
+            "nothing": torch.zeros(0, dtype=torch.int64),
+        }[case].sort()[0]
+        # What each row says of itself: its expert and who sent it.
+        rows = torch.stack((chosen.float(), torch.full((len(chosen),), float(rank))), 1).requires_grad_()
+
+        def compute(arrived: Tensor, counts: Tensor) -> Tensor:
+            expected = torch.repeat_interleave(torch.tensor(list(here)), counts)
+            held.append(torch.equal(arrived[:, 0].long(), expected))
+            return arrived * 2
+
+        back = run_at_experts(compute, rows, torch.bincount(chosen, minlength=3 * world), axis)
+        held.append(torch.equal(back, rows * 2))
+        weight = torch.arange(back.numel(), dtype=torch.float32).view_as(back)
+        (back * weight).sum().backward()
+        held.append(torch.equal(rows.grad, 2 * weight))
+    return held
+
+
+def test_tokens_are_conserved_whatever_the_routing() -> None:
+    for held in run_ranks(_travelled, 2):
+        assert len(held) == 12
+        assert all(held)
