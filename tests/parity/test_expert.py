@@ -199,7 +199,12 @@ PAIRS = [
 
 
 def test_two_ranks() -> None:
-    check(PAIRS, world=2)
+    check(PAIRS[:2], world=2)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_every_kind() -> None:
+    check(PAIRS[2:], world=2)
 
 
 FOURS = [
