@@ -30,6 +30,11 @@ class Cadence:
         self._clock = clock
         self._last_seconds = clock()
 
+    @property
+    def by_clock(self) -> bool:
+        """Whether it goes by seconds, which every process counts for itself."""
+        return self._every is not None and self._every.unit == "seconds"
+
     def due(self, *, step: int, tokens: int, previous_tokens: int) -> bool:
         """Whether the step that has just ended (1-based count `step`) crossed an interval.
 

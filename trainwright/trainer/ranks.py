@@ -12,12 +12,13 @@ import torch
 from trainwright.comm import Ranks, start, stop
 from trainwright.config import Recipe
 from trainwright.launch import Heartbeat, heartbeat_from_environment
+from trainwright.trainer.cadence import Cadence
 
 if TYPE_CHECKING:
     from trainwright.trainer.run import Run
     from trainwright.trainer.signals import StopRequest
 
-__all__ = ["Due", "agree_on_due", "join_ranks"]
+__all__ = ["Due", "agree_on_due", "due_together", "join_ranks"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,12 @@ def agree_on_due(run: Run, stop: StopRequest, moment: dict[str, Any]) -> Due:
     votes = torch.tensor([first and evaluate, first and save, stop.requested is not None], dtype=torch.int32)
     evaluate, save, stopping = (bool(vote) for vote in run.ranks.sum_(votes).tolist())
     return Due(evaluate, save, stopping)
+
+
+def due_together(ranks: Ranks, cadence: Cadence, moment: dict[str, Any]) -> bool:
+    """Whether something is due that all ranks do together, by rank 0's clock.
+
+    Steps and tokens are the same on all ranks, and need no message.
+    """
+    due = cadence.due(**moment)
+    return bool(ranks.broadcast_json(due)) if cadence.by_clock else due

@@ -8,6 +8,7 @@ from trainwright.engine import StepReport
 from trainwright.inference import GenerationOptions, Generator
 from trainwright.trainer.cadence import Cadence
 from trainwright.trainer.callbacks import Callback
+from trainwright.trainer.ranks import due_together
 from trainwright.trainer.run import Run
 
 __all__ = ["Sampling"]
@@ -26,9 +27,13 @@ class Sampling(Callback):
         self._cadence = cadence
         self._tokens = 0
 
+    def on_run_start(self, run: Run) -> None:
+        self._tokens = run.state.tokens  # those of a resumed run are no interval that has just ended
+
     def on_step_end(self, run: Run, report: StepReport) -> None:
         before, self._tokens = self._tokens, run.state.tokens
-        if self._cadence.due(step=run.state.step, tokens=run.state.tokens, previous_tokens=before):
+        moment = {"step": run.state.step, "tokens": run.state.tokens, "previous_tokens": before}
+        if due_together(run.ranks, self._cadence, moment):
             self._write(run)
 
     def on_run_end(self, run: Run) -> None:

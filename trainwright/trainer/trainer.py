@@ -28,7 +28,7 @@ from trainwright.trainer.build import build
 from trainwright.trainer.callbacks import Callback
 from trainwright.trainer.evaluation import Evaluation, evaluate
 from trainwright.trainer.export import export_model
-from trainwright.trainer.ranks import agree_on_due, join_ranks
+from trainwright.trainer.ranks import agree_on_due, due_together, join_ranks
 from trainwright.trainer.records import begin_session, console_sink, end_session, file_sinks
 from trainwright.trainer.resume import enter_folder, restore
 from trainwright.trainer.run import Run
@@ -136,7 +136,7 @@ class Trainer:
             state.seconds += (seconds := time.perf_counter() - began)
             run.meter.step(tokens=int(report.tokens), seconds=seconds, waited=waited)
             moment = {"step": state.step, "tokens": state.tokens, "previous_tokens": previous_tokens}
-            if run.log_cadence.due(**moment) or state.step in (1, plan.steps):
+            if due_together(run.ranks, run.log_cadence, moment) or state.step in (1, plan.steps):
                 self._report(run, report, seconds)
             for callback in run.callbacks:
                 callback.on_step_end(run, report)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any, cast
+
 from trainwright.base.units import Duration
+from trainwright.comm import Ranks
 from trainwright.trainer.cadence import Cadence
+from trainwright.trainer.ranks import due_together
 
 
 def due_steps(every: Duration | None, *, tokens_per_step: int, steps: int, tokens_per_epoch: int = 0) -> list[int]:
@@ -44,3 +49,23 @@ def test_seconds_follow_the_clock_not_the_steps() -> None:
         if cadence.due(step=step, tokens=step, previous_tokens=step - 1):
             moments.append(now[0])
     assert moments == [12, 24]
+
+
+@dataclass
+class Told:
+    """Stands for ranks whose first one says yes."""
+
+    asked: list[Any] = field(default_factory=list)
+
+    def broadcast_json(self, value: Any) -> bool:
+        self.asked.append(value)
+        return True
+
+
+def test_the_clock_of_the_first_rank_says_when_all_do_something_together() -> None:
+    told = Told()
+    moment = {"step": 3, "tokens": 30, "previous_tokens": 20}
+    assert not due_together(cast(Ranks, told), Cadence(Duration(4, "steps")), moment)
+    assert told.asked == [], "steps are the same on all ranks"
+    assert due_together(cast(Ranks, told), Cadence(Duration(1000, "seconds")), moment)
+    assert told.asked == [False], "this rank's own clock says no"
