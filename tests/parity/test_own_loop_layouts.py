@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from trainwright.base.errors import ConfigError
 from trainwright.comm import ALONE, start
 from trainwright.comm.ranks import Ranks
 from trainwright.engine.initialize import initialize
+from trainwright.engine.pipelined import Pipelined
 from trainwright.models import LlamaConfig, build_model
 from trainwright.tasks import CausalLM
 from trainwright.testing import run_ranks, tiny_llama_config
@@ -63,13 +65,26 @@ def three_calls(parallel: dict[str, Any], ranks: Ranks, rows_ranks: int = 1) -> 
         assert engine.last_report is not None
         seen += [float(engine.last_report.loss), float(engine.last_report.grad_norm), float(losses[0].isfinite())]
     assert engine.global_steps == STEPS
+    engine.eval()  # between steps, without a backward: the loss is there at once
+    ids = torch.randint(64, (2, TOKENS), generator=torch.Generator().manual_seed(STEPS))
+    with torch.no_grad():
+        seen.append(float(engine(input_ids=ids, labels=ids).loss))
+    engine.train()
+    if engine.data_parallel.mesh.pipeline.size > 1:
+        engine(input_ids=ids, labels=ids)
+        with pytest.raises(ConfigError, match="never came to backward"):
+            engine(input_ids=ids, labels=ids)
     engine.destroy()
     return seen
 
 
 def whole_batches(parallel: dict[str, Any], ranks: Ranks, rows_ranks: int = 1) -> list[float]:
     model = build_model(LlamaConfig(**tiny_llama_config(vocab_size=64, num_layers=4)), seed=2)
-    engine = initialize(model=model, config=config(parallel, rows_ranks), ranks=ranks).engine
+    settings = config(parallel, rows_ranks)
+    # A rule and a pattern for what only one stage of a pipeline has.
+    settings["optim"]["rules"] = [{"pattern": "embed_tokens", "lr_scale": 0.5}]
+    settings["precision"] = {"name": "fp32", "keep_fp32": [r"model\.norm$"]}
+    engine = initialize(model=model, config=settings, ranks=ranks).engine
     seen = []
     for step in range(STEPS):
         ids = rows_of(step, engine)
@@ -83,6 +98,9 @@ def whole_batches(parallel: dict[str, Any], ranks: Ranks, rows_ranks: int = 1) -
         report = engine.step()
         assert report is not None
         seen += [float(report.loss), float(report.grad_norm)]
+        if isinstance(engine._schedule, Pipelined):
+            together = {action.micro_batch for action in engine._schedule.runner.actions if action.kind == "F"}
+            assert len(together) == (engine.accumulation if parallel["pipeline"] == 2 else 2)
     engine.destroy()
     return seen
 
@@ -95,13 +113,14 @@ def under_layouts(rank: int, world: int) -> list[list[float]]:
         three_calls({"tensor": 2, "zero": 0}, ranks),
         three_calls({"zero": 3}, ranks, rows_ranks=2),
     ]
-    for parallel in ({"pipeline": 2}, {"context": 2, "zero": 1}, {"tensor": 2}):
+    twice = {"pipeline": {"stages": 2, "schedule": "gpipe", "micro_batches": 2}}
+    for parallel in ({"pipeline": 2}, twice, {"context": 2, "zero": 1}, {"tensor": 2}):
         found.append(whole_batches(parallel, ranks))
     return found
 
 
 def test_the_same_loop_over_a_pipeline_tensor_ranks_and_context_ranks() -> None:
-    expected = [three_calls({"zero": 0}, ALONE)] * 3 + [whole_batches({"zero": 0}, ALONE)] * 3
+    expected = [three_calls({"zero": 0}, ALONE)] * 3 + [whole_batches({"zero": 0}, ALONE)] * 4
     for found in run_ranks(under_layouts, 2, timeout=150):
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)

@@ -15,6 +15,7 @@ from trainwright.engine.precision import Precision, cast_model, compute_in_fp32
 from trainwright.memory import ActivationOffload, apply_recompute
 from trainwright.optim import GroupedOptimizer, StepInBackward
 from trainwright.parallel import blocks_of
+from trainwright.parallel.pipeline import module_names
 
 __all__ = ["hold", "modules_named", "recompute", "release_gradients"]
 
@@ -23,14 +24,15 @@ def modules_named(model: nn.Module, patterns: tuple[str, ...]) -> set[nn.Module]
     """Modules whose name one of the patterns finds.
 
     Raises:
-        ConfigError: a pattern finds nothing.
+        ConfigError: a pattern finds nothing, on other stages of a pipeline neither.
     """
+    names = module_names(model)
     found: set[nn.Module] = set()
     for pattern in patterns:
         matches = {module for name, module in model.named_modules() if name and re.search(pattern, name)}
-        if not matches:
-            names = ", ".join(name for name, _ in list(model.named_modules())[1:6])
-            raise ConfigError(f"precision.keep_fp32 {pattern!r} matches no module", hint=f"modules: {names}, ...")
+        if not any(re.search(pattern, name) for name in names):
+            shown = ", ".join(names[:5])
+            raise ConfigError(f"precision.keep_fp32 {pattern!r} matches no module", hint=f"modules: {shown}, ...")
         found |= matches
     return found
 

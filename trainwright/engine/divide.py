@@ -78,7 +78,9 @@ def divide(model: nn.Module, mesh: Mesh, policy: Precision, sections: Sections, 
     _overlap_tensor(mesh, sections.parallel.async_tensor, compiled=compiled)
     if compiled:
         compile_blocks(model)
-    schedule = None if mesh.pipeline.size == 1 else lambda engine: Pipelined(engine, mesh)
+    run = sections.parallel.pipeline.micro_batches
+    together = None if isinstance(run, str) else run
+    schedule = None if mesh.pipeline.size == 1 else lambda engine: Pipelined(engine, mesh, together=together)
     return Divided(model, _apply_zero(model, mesh, policy, sections), schedule, cut)
 
 

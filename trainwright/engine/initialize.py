@@ -45,6 +45,7 @@ from trainwright.engine.weigh import refuse_too_large
 from trainwright.memory import place_state
 from trainwright.models import Decoder
 from trainwright.optim import GroupedOptimizer, LossScaler, build_optimizer
+from trainwright.parallel.pipeline import parameter_names
 from trainwright.parallel.synchronise import synchronise
 from trainwright.planner import model_facts
 from trainwright.planner.layout import choose_layout
@@ -223,6 +224,7 @@ def _make_optimizer(
         return build_optimizer(
             optimized_parameters(model),
             optimizer_options(section, settings.precision, seed=settings.seed),
+            elsewhere=parameter_names(model),
         )
     if section is not None and not isinstance(section, ClientOptim):
         raise ConfigError(

@@ -57,7 +57,8 @@ class OwnLoopEngine(Engine):
     # --- the loop ---
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """See `Engine.__call__`. Over a pipeline: takes a micro-batch by name, whose loss is known when its step is.
+        """See `Engine.__call__`. Over a pipeline: takes a micro-batch by name, whose loss is known when its step is, or
+        at once after `eval`. There every rank of the pipeline passes the same.
 
         Raises:
             ConfigError: the model is one of ours and divided so that nobody holds a whole forward pass.
@@ -71,7 +72,10 @@ class OwnLoopEngine(Engine):
             )
         if inputs:
             raise ConfigError("a pipeline takes micro-batches by name: engine(input_ids=..., labels=...)")
-        return self._queue.add(named)
+        if self.model.training:
+            return self._queue.add(named)
+        with torch.no_grad():
+            return self._queue.told(self._schedule.evaluate(own_loss, [named])[0])
 
     def backward(self, output: LossSum | Tensor) -> Tensor:
         """See `Engine.backward`; the returned loss is divided by the accumulation, as DeepSpeed's is."""
@@ -85,6 +89,8 @@ class OwnLoopEngine(Engine):
             self.micro_steps += 1
         self._open = True
         if self.at_boundary:
+            if self.scaler is not None:
+                self.loss_factor(torch.ones(()))  # these losses are means: the count of a micro-batch is 1
             loss_sum, count = self._schedule.run(own_loss, queue.take())
             if self._counts_loss:
                 self._loss_sum += loss_sum

@@ -54,6 +54,7 @@ class QueuedSteps:
         self._group = group
         self._waiting: list[tuple[Batch, Tensor]] = []
         self._taken: Tensor | None = None
+        self._open = False
 
     def add(self, named: Batch) -> QueuedOutput:
         """Take a micro-batch.
@@ -62,19 +63,26 @@ class QueuedSteps:
             ConfigError: it has no ids or labels, or the one before it never came to `backward`.
         """
         missing = [key for key in ("input_ids", "labels") if key not in named]
+        if self._open:
+            raise ConfigError(
+                "the micro-batch before never came to backward: over a pipeline all of a step run together",
+                hint="call engine.backward(loss) after each engine(...), or engine.eval() before those without one",
+            )
         if missing:
             raise ConfigError(
                 f"a pipeline's micro-batch needs input_ids and labels by name, and has {sorted(named)}",
                 hint="call engine(input_ids=..., labels=...): the last stage computes the loss",
             )
         loss = torch.full((), torch.nan, device=self._device)
-        self._taken = loss
+        self._taken, self._open = loss, True
         self._waiting.append((named, loss))
         return QueuedOutput(loss)
 
     def holds(self, loss: Any) -> bool:
-        """Whether this is the loss of the micro-batch that came last."""
-        return loss is self._taken
+        """Whether this is the loss of the micro-batch that came last; if so, it has come to backward."""
+        held = loss is self._taken
+        self._open = self._open and not held
+        return held
 
     def take(self) -> list[Batch]:
         """The micro-batches of the step."""
@@ -82,8 +90,13 @@ class QueuedSteps:
 
     def fill(self, total: Tensor) -> None:
         """Tell the losses what the step's sum over its micro-batches was, on the rank that knows; zeros elsewhere."""
-        mean = (total / len(self._waiting)).to(torch.float32)
-        dist.all_reduce(mean, group=self._group)
+        mean = self.told(total / len(self._waiting)).loss
         for _, loss in self._waiting:
             loss.copy_(mean)
         self._waiting, self._taken = [], None
+
+    def told(self, loss: Tensor) -> QueuedOutput:
+        """What one rank of the pipeline knows, on all of them; zeros elsewhere."""
+        known = loss.to(torch.float32)
+        dist.all_reduce(known, group=self._group)
+        return QueuedOutput(known)

@@ -32,13 +32,20 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, Tensor]], options: OptimizerOptions) -> GroupedOptimizer:
-    """The optimizer of a whole model, with parameter groups by the rules of `options` (see `groups.make_groups`).
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Tensor]], options: OptimizerOptions, *, elsewhere: Iterable[str] = ()
+) -> GroupedOptimizer:
+    """The optimizer of a model, with parameter groups by the rules of `options` (see `groups.make_groups`).
 
-    Half-precision parameters are updated as `options.half_update` says. Raises ConfigError where that needs bf16
-    parameters and some are fp16.
+    Half-precision parameters are updated as `options.half_update` says.
+
+    Args:
+        elsewhere: names of parameters of the same model that other processes hold: a rule may be for these alone.
+
+    Raises:
+        ConfigError: `half_update` needs bf16 parameters, and some are fp16; a rule is for no parameter at all.
     """
-    groups = make_groups(named_parameters, options)
+    groups = make_groups(named_parameters, options, elsewhere=elsewhere)
     for group in groups:
         group.update(_algorithm_options(group["algorithm"], options))
         group.update(half_update=options.half_update, rounding_seed=options.seed)

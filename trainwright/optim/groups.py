@@ -41,9 +41,12 @@ def first_match(rules: Sequence[Rule], name: str) -> Rule | None:
     return next((rule for rule in rules if re.search(rule.pattern, name)), None)
 
 
-def make_groups(named_parameters: Iterable[tuple[str, Tensor]], options: OptimizerOptions) -> list[dict[str, Any]]:
+def make_groups(
+    named_parameters: Iterable[tuple[str, Tensor]], options: OptimizerOptions, *, elsewhere: Iterable[str] = ()
+) -> list[dict[str, Any]]:
     """Parameter groups for the optimizer, in order of first appearance; tied parameters count once, by the first name.
 
+    A rule may be for names `elsewhere`: parameters of the same model that other processes hold.
     Parameters of frozen rules get `requires_grad = False` and, like those already without gradient, no group.
     Raises ConfigError when a rule matches no name (naming near ones) or when nothing is left to train.
     """
@@ -51,7 +54,8 @@ def make_groups(named_parameters: Iterable[tuple[str, Tensor]], options: Optimiz
     for name, parameter in named_parameters:
         names_of.setdefault(parameter, []).append(name)
     # A rule may speak of a tied parameter by any of its names.
-    _refuse_idle_rules(options.rules, [name for names in names_of.values() for name in names])
+    here = [name for names in names_of.values() for name in names]
+    _refuse_idle_rules(options.rules, list(dict.fromkeys([*here, *elsewhere])))
 
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for parameter, names in names_of.items():

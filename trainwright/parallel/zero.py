@@ -29,6 +29,7 @@ from trainwright.comm.traffic import Traffic
 from trainwright.parallel.blocks import blocks_of
 from trainwright.parallel.buckets import Buckets
 from trainwright.parallel.data_parallel import DataParallel, Replicated
+from trainwright.parallel.pipeline.split import module_names
 from trainwright.parallel.sharded import Sharded, ShardedModule, run_as_forward
 
 __all__ = ["ZeroOptions", "apply_zero"]
@@ -183,12 +184,13 @@ def _modules_kept(model: nn.Module, options: ZeroOptions) -> list[nn.Module]:
     """Modules that `keep_fp32` names, with parameters of their own or below; the outermost of nested ones."""
     kept: list[nn.Module] = []
     inside: set[int] = set()
+    known = module_names(model)
     for pattern in options.keep_fp32:
         names = [name for name, module in model.named_modules() if name and re.search(pattern, name)]
-        if not names:
+        if not any(re.search(pattern, name) for name in known):
             raise ConfigError(
                 f"keep_fp32 pattern {pattern!r} matches no module",
-                hint=f"modules are called {', '.join(name for name, _ in list(model.named_modules())[1:6])}, ...",
+                hint=f"modules are called {', '.join(known[:5])}, ...",
             )
         for name in names:
             module = model.get_submodule(name)

@@ -32,6 +32,7 @@ from trainwright.models.importing import Pretrained
 from trainwright.models.initialise import initial_values
 from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
 from trainwright.optim.loss_scale import LossScaler
+from trainwright.parallel.pipeline import parameter_names
 from trainwright.tasks import CausalLM
 from trainwright.trainer.cadence import Cadence
 from trainwright.trainer.callbacks import Callback, EarlyStopping
@@ -63,7 +64,9 @@ def build(
     stack.callback(data_parallel.close)
     materialise(model, settled.device, _values(settled))
     optimizer = build_optimizer(
-        optimized_parameters(model), optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed)
+        optimized_parameters(model),
+        optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed),
+        elsewhere=parameter_names(model),
     )
     placed = place_state(optimizer, recipe.memory.optimizer_state, folder=recipe.memory.nvme_path)
     if placed is not None:

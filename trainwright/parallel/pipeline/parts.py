@@ -60,6 +60,7 @@ class Split:
         schedule, virtual: the order of work, and the parts on each rank.
         parts: all of them; local: those of this rank, ascending.
         anatomy: the names of its modules.
+        modules, parameters: all names of the whole model, of which this rank has some.
     """
 
     rank: int
@@ -69,6 +70,8 @@ class Split:
     parts: tuple[Part, ...]
     local: tuple[Part, ...]
     anatomy: Anatomy
+    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
 
     @property
     def holds_first(self) -> bool:

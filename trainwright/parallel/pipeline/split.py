@@ -21,7 +21,7 @@ from trainwright.parallel.pipeline.native import NativeStage, native_anatomy
 from trainwright.parallel.pipeline.parts import Anatomy, Part, Split
 from trainwright.parallel.pipeline.stack import StageBlocks, StageLayers
 
-__all__ = ["alias_parameters", "is_split", "split_model", "split_of"]
+__all__ = ["alias_parameters", "is_split", "module_names", "parameter_names", "split_model", "split_of"]
 
 
 def split_model(
@@ -53,7 +53,17 @@ def split_model(
     parts = tuple(Part(index, tuple(numbers), len(ranges)) for index, numbers in enumerate(ranges))
     local = tuple(parts[index] for index in parts_of_rank(layout.schedule, axis.size, layout.virtual, axis.rank))
     holds_first, holds_last = any(part.is_first for part in local), any(part.is_last for part in local)
-    split = Split(axis.rank, axis.size, layout.schedule, layout.virtual, parts, local, anatomy)
+    split = Split(
+        axis.rank,
+        axis.size,
+        layout.schedule,
+        layout.virtual,
+        parts,
+        local,
+        anatomy,
+        modules=module_names(model),
+        parameters=parameter_names(model),
+    )
 
     kept = {str(number): blocks[str(number)] for part in local for number in part.blocks}
     stack_class = StageBlocks if isinstance(model, Decoder) else StageLayers
@@ -86,6 +96,20 @@ def split_of(model: nn.Module) -> Split:
     if not isinstance(split, Split):
         raise ConfigError(f"this {type(model).__name__} is not split over a pipeline", hint="call split_model first")
     return split
+
+
+def module_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules of the whole model, of which this rank may hold a part."""
+    if is_split(model):
+        return split_of(model).modules
+    return tuple(name for name, _ in model.named_modules() if name)
+
+
+def parameter_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of the whole model, all those of tied ones among them."""
+    if is_split(model):
+        return split_of(model).parameters
+    return tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
 
 
 def alias_parameters(model: nn.Module) -> dict[str, str]:
