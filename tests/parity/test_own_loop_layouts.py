@@ -124,3 +124,15 @@ def test_the_same_loop_over_a_pipeline_tensor_ranks_and_context_ranks() -> None:
     for found in run_ranks(under_layouts, 2, timeout=150):
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def stages_of_tensor_ranks(rank: int, world: int) -> list[float]:
+    torch.set_num_threads(1)
+    return three_calls({"pipeline": 2, "tensor": 2}, start())
+
+
+@pytest.mark.slow
+def test_the_same_loop_over_stages_of_tensor_ranks() -> None:
+    expected = three_calls({"zero": 0}, ALONE)
+    for found in run_ranks(stages_of_tensor_ranks, 4, timeout=150):
+        assert found == pytest.approx(expected, rel=1e-5)

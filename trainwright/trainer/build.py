@@ -11,6 +11,7 @@ from trainwright.base.errors import ConfigError
 from trainwright.base.units import Duration
 from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks
+from trainwright.comm.layout import Layout
 from trainwright.comm.mesh import make_mesh
 from trainwright.config import Recipe
 from trainwright.data import Loader, load_tokenizer
@@ -123,7 +124,7 @@ def build(
         loader=loader,
         checkpointer=checkpointer,
         spikes=SpikeGuard(_spike_options(recipe)),
-        callbacks=_callbacks(recipe, callbacks, cadence),
+        callbacks=_callbacks(recipe, plan.layout, callbacks, cadence),
         log_cadence=cadence(recipe.monitor.log_every),
         evaluation_cadence=cadence(recipe.train.eval_every),
         save_cadence=cadence(recipe.checkpoint.every),
@@ -165,13 +166,18 @@ def _spike_options(recipe: Recipe) -> SpikeOptions:
 
 
 def _callbacks(
-    recipe: Recipe, given: Sequence[Callback], cadence: Callable[[Duration | str], Cadence]
+    recipe: Recipe, layout: Layout, given: Sequence[Callback], cadence: Callable[[Duration | str], Cadence]
 ) -> tuple[Callback, ...]:
     """The recipe's own callbacks, then the caller's; names must differ because they key the saved state."""
     built: list[Callback] = []
     if recipe.train.early_stopping is not None:
         built.append(EarlyStopping(**dict(recipe.train.early_stopping)))
     if recipe.run.sample is not None:
+        if layout.pipeline.stages > 1:
+            raise ConfigError(
+                "run.sample asks for text during training, and no rank of a pipeline has the whole model",
+                hint="set run.sample=null; `trainwright generate` writes with the finished run's model",
+            )
         built.append(Sampling(recipe.run.sample, cadence(recipe.run.sample.every)))
     built.extend(given)
     names = [callback.name for callback in built]

@@ -148,10 +148,14 @@ def _stand_in(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _gate(module: nn.Module, is_on: Callable[[], bool], otherwise: Callable[..., Any]) -> None:
     """Let a module compute only in the parts in which it belongs."""
-    forward = module.forward
+    of_instance = module.__dict__.get("forward")
 
     def gated(*inputs: Any, **named: Any) -> Any:
-        return forward(*inputs, **named) if is_on() else otherwise(*inputs, **named)
+        if not is_on():
+            return otherwise(*inputs, **named)
+        # Of the class that it has by now: tensor parallelism gives modules another one.
+        forward = of_instance or type(module).forward.__get__(module)
+        return forward(*inputs, **named)
 
     module.forward = gated
 
