@@ -101,7 +101,7 @@ def _subject(loaded: Any) -> _Subject:
     config = source.config_for(data.vocab_size, data.sequence_length)
     facts = model_facts(config, data.sequence_length)
     # The fewest ranks that the degrees of the recipe take: one, unless the model is divided.
-    machine = replace(machine_facts(), ranks=loaded.recipe.parallel.model_ranks * _experts(loaded.recipe))
+    machine = replace(machine_facts(), ranks=loaded.recipe.parallel.model_ranks * _row_ranks(loaded.recipe))
     problem = None
     try:
         plan = resolve(loaded.recipe, machine, data, facts)
@@ -113,12 +113,13 @@ def _subject(loaded: Any) -> _Subject:
     return _Subject(recipe, config, facts, settings, plan.batch_rows, plan.layout, problem)
 
 
-def _experts(recipe: Recipe) -> int:
-    """Ranks that the experts need beyond those of sequences: expert and context ranks may be the same."""
-    expert, context = recipe.parallel.expert, recipe.parallel.context
-    if expert == "auto" or context == "auto":
+def _row_ranks(recipe: Recipe) -> int:
+    """Ranks that experts and shards need beyond those of sequences: all of them are among the same data ranks."""
+    section = recipe.parallel
+    if section.expert == "auto" or section.context == "auto":
         return 1
-    return math.lcm(expert, context) // context
+    shard = section.shard if isinstance(section.shard, int) else 1
+    return math.lcm(section.expert, section.context, shard) // section.context
 
 
 def _settings(recipe: Recipe, micro_rows: int, sequence_length: int, *, host_is_device: bool) -> MemorySettings:

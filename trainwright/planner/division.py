@@ -98,7 +98,12 @@ def shape_of(model: ModelFacts, block: int | None = None) -> ModelShape:
 
 @lru_cache(maxsize=256)
 def blocks_of_parts(layers: int, parts: int, block: int, head: int, cuts: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Blocks of every part, along the model: by the cuts, or balanced by the cost of blocks and head."""
+    """Blocks of every part, along the model: by the cuts, or balanced by the cost of blocks and head.
+
+    More parts than blocks are priced too, some of them empty: that this is illegal, the layout says with all else.
+    """
+    if parts > layers:
+        return (1,) * layers + (0,) * (parts - layers)
     if cuts is None:
         cuts = balanced_cuts([float(block)] * layers, parts, head=float(head))
     return tuple(len(part) for part in block_ranges(layers, parts, cuts))

@@ -11,7 +11,8 @@ from trainwright.base.errors import CheckpointError, ConfigError
 from trainwright.base.events import emit
 from trainwright.checkpoint import RunLock
 from trainwright.comm import ALONE, Ranks
-from trainwright.config import LoadedRecipe, load_recipe
+from trainwright.config import LoadedRecipe, ParallelSection, load_recipe
+from trainwright.config.pipeline_section import PipelineSection
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import RunFolder, find_run
 from trainwright.trainer.together import first_decides
@@ -35,7 +36,7 @@ FREE_TO_CHANGE = (
 is divided over threads, micro-batches and ranks may change the last bits)."""
 
 SETTLED_ANEW = ("train.threads", "train.micro_batch", "parallel.")
-"""Those of them that the planner decided and decides again where the number of ranks has changed."""
+"""Those of them that the planner decided and decides again where the layout or the number of ranks has changed."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,40 @@ def enter_folder(loaded: LoadedRecipe, resume: str, stack: contextlib.ExitStack,
     resolved = load_recipe(folder.recipe).values()
     _refuse_changes(before, loaded.values(), resolved, given, folder)
     changes = [f"{key}={_yaml(value)}" for key, value in given.items() if _may_change(key) and before.get(key) != value]
-    if info.get("ranks", 1) != ranks.world:
-        said = before | given
-        decided = [key for key in resolved if key.startswith(SETTLED_ANEW) and said.get(key, "auto") == "auto"]
-        changes += [f"{key}=auto" for key in decided if key != "parallel.prefetch"]
+    if info.get("ranks", 1) != ranks.world or any(change.startswith("parallel.") for change in changes):
+        changes += _settled_anew(before, resolved, given)
     return Entered(folder, lock, load_recipe(folder.recipe, changes), before | given, resuming=True)
+
+
+def _settled_anew(before: dict[str, Any], resolved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """What a changed layout does not keep: what nobody said, and what was said of a degree that is gone."""
+    said = before | given
+    keys = [key for key in resolved if key.startswith(SETTLED_ANEW) and key not in given]
+    layout = {key: value for key, value in (resolved | given).items() if key.startswith("parallel.")}
+    gone = _without_effect(layout)
+    anew = {key: _default(key) if key in gone else said.get(key, _default(key)) for key in keys}
+    return [f"{key}={_yaml(value)}" for key, value in anew.items() if value != resolved[key]]
+
+
+def _without_effect(layout: dict[str, Any]) -> set[str]:
+    """Keys of a layout, not checked yet, that have no effect in it; and those that belong to other degrees."""
+    inner, outer = "parallel.pipeline.", "parallel."
+    stages = {key.removeprefix(inner): value for key, value in layout.items() if key.startswith(inner)}
+    others = {key.removeprefix(outer): value for key, value in layout.items() if not key.startswith(inner)}
+    pipeline = PipelineSection.model_construct(**stages)
+    section = ParallelSection.model_construct(**{**others, "pipeline": pipeline})
+    gone = {outer + key for key in section.without_effect()} | {inner + key for key in pipeline.without_effect()}
+    gone |= {outer + key for key, _ in section.problems()} | {inner + key for key, _ in pipeline.problems()}
+    return gone
+
+
+def _default(key: str) -> Any:
+    value: Any = "auto"
+    if key.startswith("parallel."):
+        value = ParallelSection()
+        for name in key.split(".")[1:]:
+            value = getattr(value, name)
+    return value
 
 
 def _name_of(loaded: LoadedRecipe) -> str:

@@ -101,3 +101,10 @@ def test_a_layout_is_predicted_on_the_ranks_that_can_form_it(recipe: str, capsys
     out = capsys.readouterr().out.splitlines()
     assert out[2].split()[:4] == ["ranks", "zero", "tensor", "stages"]
     assert "sent: by each rank, per step" in out
+
+
+def test_shards_inside_larger_worlds_are_predicted(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", recipe, "parallel.zero=3", "parallel.shard=2", "--ranks", "4", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["predicted"]
+    assert [row["zero"] for row in rows] == [0, 1, 2, 3]
+    assert rows[1]["optimizer"] == pytest.approx(rows[0]["optimizer"] / 2, rel=0.01)

@@ -168,6 +168,17 @@ def test_an_illegal_layout_is_refused_with_every_reason_and_its_neighbours() -> 
     assert "does not divide the 8 units of self_attn.q_proj" in caught.value.message
 
 
+def test_more_parts_than_blocks_are_one_reason_among_the_others() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(48, parallel={"tensor": 3, "pipeline": 16}, train={"batch_tokens": 32 * 1024})
+    for reason in (
+        f"{MODEL.layers} blocks cannot be cut into 16 x 1 = 16 parts",
+        "does not divide the 8 units of self_",
+    ):
+        assert reason in caught.value.message
+    assert "the nearest that can: " in str(caught.value.hint)
+
+
 def test_shards_of_a_rank_that_has_no_partner_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.shard 2 does not divide the 1 data-parallel ranks"):
         choose_layout(section(tensor=2, shard=2), 2, accumulation=1)
