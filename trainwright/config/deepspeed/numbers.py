@@ -87,7 +87,9 @@ NUMBERS: dict[str, Entry] = {
         }
     ),
     "communication_data_type": Maps("comm.wire", FORMATS),
-    "seq_parallel_communication_data_type": NoEffect("gradients of context ranks are summed in fp32, as all are", FORMATS, "fp32"),
+    "seq_parallel_communication_data_type": NoEffect(
+        "gradients of context ranks are summed in fp32, as all are", FORMATS, "fp32"
+    ),
     "prescale_gradients": NoEffect(ONCE, BOOL, False),
     "gradient_predivide_factor": NoEffect(ONCE, NUMBER, 1.0),
     "gradient_allreduce_op": NotBuilt(
