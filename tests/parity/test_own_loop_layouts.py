@@ -108,6 +108,9 @@ def whole_batches(parallel: dict[str, Any], ranks: Ranks, rows_ranks: int = 1) -
 def under_layouts(rank: int, world: int) -> list[list[float]]:
     torch.set_num_threads(1)
     ranks = start()
+    kept = {**config({"zero": 1}, 2), "precision": {"name": "bf16", "keep_fp32": ["lm_head"]}}
+    with pytest.raises(ConfigError, match="names the head"):
+        initialize(model=build_model(LlamaConfig(**tiny_llama_config())), config=kept, ranks=ranks)
     found = [
         three_calls({"pipeline": 2}, ranks),
         three_calls({"tensor": 2, "zero": 0}, ranks),

@@ -7,6 +7,7 @@ Each step is an `apply_*` over the module that the one before left; a degree of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,6 +67,7 @@ def divide(model: nn.Module, mesh: Mesh, policy: Precision, sections: Sections, 
         ConfigError, ModelError: the model cannot be divided like this; every reason is named.
     """
     _refuse_host_parameters(sections.memory, mesh)
+    _refuse_kept_head(model, sections.precision, mesh)
     split_model(model, mesh.pipeline, mesh.layout.pipeline)
     apply_tensor(model, mesh.tensor)
     apply_expert(model, mesh.expert, tensor=mesh.tensor, context=mesh.context)
@@ -89,6 +91,19 @@ def _refuse_host_parameters(memory: MemorySection, mesh: Mesh) -> None:
         raise ConfigError(
             "memory.parameters is host, but nothing is divided: parameters are held whole on the device",
             hint="use parallel.zero=3 on two or more processes, or memory.parameters=device",
+        )
+
+
+def _refuse_kept_head(model: nn.Module, precision: PrecisionSection, mesh: Mesh) -> None:
+    """The loss multiplies with the head's weight itself, where nothing gathers a module of its own."""
+    head = model.lm_head if isinstance(model, Decoder) else None
+    if head is None or not mesh.layout.is_sharded:
+        return
+    named = [pattern for pattern in precision.keep_fp32 if re.search(pattern, "lm_head")]
+    if named:
+        raise ConfigError(
+            f"precision.keep_fp32 {named[0]!r} names the head, which the loss multiplies with in the compute type",
+            hint="leave it out: softmax and loss are fp32 whatever the head is; or use parallel.zero=0",
         )
 
 
