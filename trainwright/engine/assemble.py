@@ -74,8 +74,10 @@ def release_gradients(
         why = "fp16 has to look at all gradients before it steps"
     elif layout.pipeline.stages > 1:
         why = "a pipeline runs several backward passes of a step at once"
-    elif layout.world > 1 and not layout.is_sharded:
+    elif layout.data > 1 and not layout.is_sharded:
         why = "at stage 0 gradients are summed over the ranks after they are complete"
+    elif layout.tensor > 1 and not layout.is_sharded:
+        why = "tensor ranks without ZeRO sum the gradients of what each holds whole after the pass"
     elif layout.expert == layout.shard > 1 and layout.replicas > 1:
         why = "gradients of experts are summed over the replicas after they are complete"
     elif layout.accumulate == "sharded" and layout.zero > 1:
