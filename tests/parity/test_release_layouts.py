@@ -83,7 +83,7 @@ def test_the_steps_are_those_of_one_process() -> None:
     [
         (Layout(4, zero=1, shard=2, pipeline=PipelineLayout(stages=2)), "a pipeline runs several backward passes"),
         (Layout(4, zero=3, shard=2, expert=2), "gradients of experts are summed over the replicas"),
-        (Layout(4, zero=0, shard=1, tensor=4), "at stage 0"),
+        (Layout(4, zero=0, shard=1, tensor=4), "tensor ranks without ZeRO sum the gradients"),
     ],
 )
 def test_layouts_that_sum_gradients_afterwards_are_refused(layout: Layout, why: str) -> None:

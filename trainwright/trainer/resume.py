@@ -101,7 +101,7 @@ def enter_folder(loaded: LoadedRecipe, resume: str, stack: contextlib.ExitStack,
 def _settled_anew(before: dict[str, Any], resolved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """What a changed layout does not keep: what nobody said, and what was said of a degree that is gone."""
     said = before | given
-    keys = [key for key in resolved if key.startswith(SETTLED_ANEW) and key not in given]
+    keys = [key for key in resolved if key.startswith(SETTLED_ANEW) and given.get(key, "auto") == "auto"]
     layout = {key: value for key, value in (resolved | given).items() if key.startswith("parallel.")}
     gone = _without_effect(layout)
     anew = {key: _default(key) if key in gone else said.get(key, _default(key)) for key in keys}
