@@ -6,6 +6,7 @@ loaded = load_recipe("stdlib", ["train.steps=100"])
 loaded.recipe.optim.lr, loaded.provenance["optim.lr"]
 """
 
+from trainwright.config.adapter_section import AdapterSection
 from trainwright.config.batch import BatchSizes, resolve_batch
 from trainwright.config.data_section import (
     DataSection,
@@ -38,9 +39,11 @@ from trainwright.config.precision_section import PrecisionSection
 from trainwright.config.provenance import Origin
 from trainwright.config.run_section import CheckpointSection, MonitorSection, RunSection, SampleSection
 from trainwright.config.schema import Recipe, json_schema
-from trainwright.config.train_section import TaskSection, TrainSection
+from trainwright.config.tasks import TaskSection
+from trainwright.config.train_section import TrainSection
 
 __all__ = [
+    "AdapterSection",
     "BatchSection",
     "BatchSizes",
     "CheckpointSection",

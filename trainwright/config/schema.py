@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from trainwright.config.adapter_section import Adapter
 from trainwright.config.data_section import DataSection
 from trainwright.config.fields import plain
 from trainwright.config.launch_section import CommSection, LaunchSection
@@ -16,7 +17,8 @@ from trainwright.config.parallel_section import Parallel, ParallelSection
 from trainwright.config.precision_section import PRECISIONS, AutoPrecision, PrecisionSection
 from trainwright.config.run_section import CheckpointSection, MonitorSection, RunSection
 from trainwright.config.section import Section
-from trainwright.config.train_section import Task, TaskSection, TrainSection
+from trainwright.config.tasks import TASKS, CausalLMSection, Task
+from trainwright.config.train_section import TrainSection
 
 __all__ = ["Recipe", "json_schema"]
 
@@ -28,8 +30,10 @@ class Recipe(Section):
     """What is trained: a named size, a folder, a Hugging Face name, or a configuration."""
     data: DataSection
     """Which texts, how they become tokens, and how tokens become rows."""
-    task: Task = TaskSection()
+    task: Task = CausalLMSection()
     """What is learnt: a name, or a section with the name and its options."""
+    adapter: Adapter = None
+    """A small addition that is trained instead of the model; null trains the model."""
     train: TrainSection = TrainSection(tokens="auto")
     """How long, in what batches, how checked, and what happens when it goes wrong."""
     optim: OptimSection = AdamW()
@@ -69,7 +73,7 @@ class _SchemaGenerator(GenerateJsonSchema):
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors that complete and check YAML."""
     schema = Recipe.model_json_schema(schema_generator=_SchemaGenerator)
-    for variants, default in ((SCHEDULES, "wsd"), (OPTIMIZERS, "adamw"), (PRECISIONS, "auto")):
+    for variants, default in ((SCHEDULES, "wsd"), (OPTIMIZERS, "adamw"), (PRECISIONS, "auto"), (TASKS, "causal_lm")):
         for name, section in variants.items():
             # In Python every variant reads every name, to refuse a wrong one by name; JSON schema needs them apart.
             definition = schema["$defs"][section.__name__]

@@ -1,33 +1,17 @@
-"""`task` and `train`: what is learnt, for how long, in what batches, and what happens when it goes wrong."""
+"""`train`: for how long, in what batches, and what happens when it goes wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
-
-from pydantic import BeforeValidator
+from typing import Annotated, Any, Literal
 
 from trainwright.base.units import Count, Duration
 from trainwright.config.fields import Auto, Real, Truth, Unit, Whole, Words
-from trainwright.config.section import Section, by_name
+from trainwright.config.section import Section
 
-__all__ = ["BUDGETS", "EMASection", "EarlyStoppingSection", "SpikeSection", "Task", "TaskSection", "TrainSection"]
+__all__ = ["BUDGETS", "EMASection", "EarlyStoppingSection", "SpikeSection", "TrainSection"]
 
 BUDGETS = ("steps", "tokens", "epochs", "time")
-
-
-class TaskSection(Section):
-    """How an example becomes a batch and a loss."""
-
-    name: Annotated[Literal["causal_lm"], Words(("causal_lm",))] = "causal_lm"
-    """causal_lm: predict the next token."""
-    label_smoothing: Annotated[float, Real(minimum=0, below=1)] = 0.0
-    """Share of the target's probability that is spread over the vocabulary."""
-    z_loss: Annotated[float, Real(minimum=0)] = 0.0
-    """Weight of log(Z)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311, uses 1e-4)."""
-
-
-Task: TypeAlias = Annotated[TaskSection, BeforeValidator(by_name, json_schema_input_type=str | TaskSection)]
 
 
 class EarlyStoppingSection(Section):

@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from trainwright.models import Decoder
+from trainwright.tasks.task import LossOutput, Metric
 
-__all__ = ["CausalLM", "LossOutput", "Task"]
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """What a task says of one micro-batch. Only the engine divides, once per optimizer step.
-
-    Attributes:
-        loss_sum: scalar float32, the objective summed over the trained tokens.
-        count: scalar integer, the number of trained tokens in this micro-batch.
-    """
-
-    loss_sum: Tensor
-    count: Tensor
-
-
-class Task(Protocol):
-    """How a batch becomes a loss: `loss` is what is trained, `evaluate` is what is compared between runs."""
-
-    name: str
-
-    def loss(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput: ...
-
-    def evaluate(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput: ...
+__all__ = ["CausalLM"]
 
 
 class CausalLM:
@@ -46,6 +22,8 @@ class CausalLM:
     """
 
     name = "causal_lm"
+    best = Metric()
+    head = None
 
     def __init__(self, *, label_smoothing: float = 0.0, z_loss: float = 0.0, compiled: bool = False) -> None:
         self.label_smoothing = label_smoothing

@@ -1,0 +1,13 @@
+"""The one table from names of tasks to what defines them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trainwright.tasks.task import TaskDefinition
+
+__all__ = ["DEFINITIONS"]
+
+DEFINITIONS: dict[str, Callable[[Any, int], TaskDefinition]] = {}
+"""Name to (section of the recipe, longest example in tokens) -> definition, for every task that is made of records."""
