@@ -64,6 +64,17 @@ class Ranks:
             json.loads(bytes(part[:size].numpy()).decode("utf-8")) for part, size in zip(gathered, sizes, strict=True)
         ]
 
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        """What every rank passed, by rank, on the first rank; None on the others. A collective.
+
+        For arrays that JSON would make large; they are pickled between processes of this run, never read from a file.
+        """
+        if self.world == 1:
+            return [value]
+        gathered = [None] * self.world if self.is_first else None
+        dist.gather_object(value, gathered, dst=self._global_rank(0), group=self.host_group)
+        return gathered
+
     def broadcast_json(self, value: Any, root: int = 0) -> Any:
         """What rank `root` passed; the argument of the others is not looked at."""
         if self.world == 1:
