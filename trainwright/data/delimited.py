@@ -15,30 +15,38 @@ from trainwright.data.compression import DamagedFileError, open_binary
 from trainwright.data.documents import Policy, Row, Shard, fields_seen
 from trainwright.data.formats import decoded_lines
 
-__all__ = ["read_delimited"]
+__all__ = ["read_cells", "read_delimited"]
 
 _FIELD_LIMIT = 2**31 - 1  # the module's default of 128 KiB refuses ordinary web pages
 
 
 def read_delimited(shard: Shard, policy: Policy, text_field: str | None) -> Iterator[Row]:
     """The rows of a csv or tsv file. Raises DataError when the header lacks `text_field` (None: any header will do)."""
+    header: list[str] | None = None
+    for line, values in read_cells(shard, policy):
+        if header is None:
+            header = _checked_header(values, shard, text_field)
+            continue
+        where = f"{shard.url}:{line}"
+        if len(values) != len(header):
+            message = f"{where}: {len(values)} fields; {fields_seen('', header).replace('it', 'the header', 1)}"
+            policy.report("wrong-field-count", message)
+            continue
+        yield Row(dict(zip(header, values, strict=True)), where, f"{shard.key}:{line}")
+
+
+def read_cells(shard: Shard, policy: Policy) -> Iterator[tuple[int, list[str]]]:
+    """(line on which a row begins, its cells), the header's row too, for files that may have none."""
     csv.field_size_limit(_FIELD_LIMIT)
     with open_binary(shard.url, shard.compression) as stream:
         lines = _LineFeed(decoded_lines(stream, shard, policy))
-        records = _tsv_records(lines) if shard.format == "tsv" else _csv_records(lines, shard, policy)
-        header: list[str] | None = None
-        for line, values in records:
-            if header is None:
-                header = _checked_header(values, shard, text_field)
-                continue
-            where = f"{shard.url}:{line}"
-            if shard.format == "tsv":
-                values = _unquoted(values, len(header))
-            if len(values) != len(header):
-                message = f"{where}: {len(values)} fields; {fields_seen('', header).replace('it', 'the header', 1)}"
-                policy.report("wrong-field-count", message)
-                continue
-            yield Row(dict(zip(header, values, strict=True)), where, f"{shard.key}:{line}")
+        if shard.format == "csv":
+            yield from _csv_records(lines, shard, policy)
+            return
+        expected = 0
+        for line, values in _tsv_records(lines):
+            expected = expected or len(values)
+            yield line, _unquoted(values, expected)
 
 
 def _checked_header(names: list[str], shard: Shard, text_field: str | None) -> list[str]:

@@ -49,8 +49,8 @@ class Shard:
     """One file of a source: the unit of parallel and resumable work. Holds only plain values, so it can be pickled.
 
     `format` is a name of `formats.FORMATS`, `compression` is "gz", "zst" or None, `size` is in bytes as stored (None
-    when unknown before reading), `key` is the path relative to the source's root, and `modified` is whatever the file
-    system tells a changed file by (time or ETag).
+    when unknown before reading), `key` is the path relative to the source's root, `modified` is whatever the file
+    system tells a changed file by (time or ETag), and `encoding` is how the characters of text formats are written.
     """
 
     url: str
@@ -59,6 +59,7 @@ class Shard:
     size: int | None
     key: str
     modified: str | None = None
+    encoding: str = "utf-8"
 
 
 @dataclass(frozen=True, slots=True)

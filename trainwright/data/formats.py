@@ -56,9 +56,10 @@ def _refuse_nul(data: bytes, offset: int, where: str) -> None:
         )
 
 
-def _bad_utf8(where: str, data: bytes, offset: int, error: UnicodeDecodeError) -> str:
+def _bad_text(where: str, data: bytes, offset: int, error: UnicodeDecodeError, encoding: str) -> str:
     found = data[error.start : error.start + 4].hex(" ")
-    return f"{where}: invalid UTF-8 at byte {offset + error.start} (bytes {found}): {error.reason}"
+    name = "UTF-8" if encoding == "utf-8" else encoding
+    return f"{where}: invalid {name} at byte {offset + error.start} (bytes {found}): {error.reason}"
 
 
 _UTF8_HINT = "convert the file to UTF-8 (iconv -f GB18030 -t UTF-8, for example), or set on_error: skip"
@@ -72,16 +73,17 @@ def read_text(shard: Shard, policy: Policy) -> Iterator[Row]:
     mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     _refuse_nul(data, 0, shard.url)
     try:
-        text = data.decode("utf-8")[1 if mark else 0 :]
+        text = data.decode(shard.encoding)[1 if mark else 0 :]
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        policy.report("invalid-utf8", _bad_utf8(f"{shard.url}:{line}", data, 0, error), hint=_UTF8_HINT)
+        message = _bad_text(f"{shard.url}:{line}", data, 0, error, shard.encoding)
+        policy.report("invalid-utf8", message, hint=_UTF8_HINT)
         return
     yield Row(text, shard.url, shard.key)
 
 
 def decoded_lines(stream: IO[bytes], shard: Shard, policy: Policy) -> Iterator[tuple[int, str]]:
-    """(line number, decoded line with its ending), without the lines that are not UTF-8."""
+    """(line number, decoded line with its ending), without the lines that are not of the shard's encoding."""
     offset = 0
     for number, data in enumerate(stream, start=1):
         start = offset
@@ -93,9 +95,9 @@ def decoded_lines(stream: IO[bytes], shard: Shard, policy: Policy) -> Iterator[t
         if b"\0" in data:
             _refuse_nul(data, start, f"{shard.url}:{number}")
         try:
-            yield number, data.decode("utf-8")
+            yield number, data.decode(shard.encoding)
         except UnicodeDecodeError as error:
-            message = _bad_utf8(f"{shard.url}:{number}", data, start, error)
+            message = _bad_text(f"{shard.url}:{number}", data, start, error, shard.encoding)
             policy.report("invalid-utf8", message, hint=_UTF8_HINT)
 
 
