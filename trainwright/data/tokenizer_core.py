@@ -168,6 +168,18 @@ class Tokenizer:
             encodings = core.encode_batch_fast(list(texts), add_special_tokens=add_special)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_offsets(self, text: str, *, parse_special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of one text and, for each, the [start, end) of the characters of `text` that it stands for.
+
+        Nothing is added around the text. Tokens that share a character (bytes of one) have the same place; where a
+        tokenizer counts the space before a word to its first token, so does the place. Errors as `encode`.
+        """
+        self._checked(text)
+        core = self.core if parse_special else self._plain_core
+        with _readable(text):
+            encoding = core.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     # ---- ids to text
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
