@@ -56,9 +56,12 @@ class DataFacts:
     Attributes:
         train_rows, validation_rows: packed rows of each split.
         sequence_length: positions of a row.
-        trained_per_row: mean number of trained tokens in a row (less than `sequence_length` when rows are padded).
+        trained_per_row: mean number of trained tokens (texts, words) in a row: what losses are means over.
         vocab_size: size of the tokenizer.
         estimated: True when the numbers were inferred from file sizes.
+        computed_per_row: mean number of positions that a row costs, padding included; None where that is what is
+            trained.
+        records: True where rows are examples made of records, not stretches of running text.
     """
 
     train_rows: int
@@ -67,6 +70,13 @@ class DataFacts:
     trained_per_row: float
     vocab_size: int
     estimated: bool = False
+    computed_per_row: float | None = None
+    records: bool = False
+
+    @property
+    def computed_per_trained(self) -> float:
+        """Positions that a forward pass computes for every trained token."""
+        return 1.0 if self.computed_per_row is None else self.computed_per_row / self.trained_per_row
 
     @property
     def train_tokens(self) -> int:
