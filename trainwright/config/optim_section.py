@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Tag
 
 from trainwright.base.units import Duration
-from trainwright.config.fields import Auto, Fraction, Listed, Pattern, Real, Truth, Whole, Words
+from trainwright.config.fields import Auto, Fraction, Listed, Name, Pattern, Real, Truth, Whole, Words
 from trainwright.config.section import Section, by_name, variant_of
 
 __all__ = [
     "OPTIMIZERS",
+    "PART",
     "SCHEDULES",
     "SGD",
     "Adafactor",
@@ -239,10 +241,19 @@ _Schedules: TypeAlias = Annotated[
 ScheduleSection: TypeAlias = Annotated[_Schedules, BeforeValidator(by_name, json_schema_input_type=str | _Schedules)]
 
 
-class ParameterRule(Section):
-    """Other settings for the parameters whose name matches."""
+PART = Name(
+    what_it_is="embeddings, head, layers, layers.N, layers.N-M or all_but_head",
+    pattern=r"embeddings|head|all_but_head|layers(\.\d+(-\d+)?)?",
+)
+"""A part of a model by a name that fits every family."""
 
-    pattern: Annotated[str, Pattern()]
+
+class ParameterRule(Section):
+    """Other settings for some parameters: those of a part of the model, or those whose name matches."""
+
+    part: Annotated[str | None, replace(PART, words=(None,))] = None
+    """A part of the model: embeddings, head, layers.N, layers.N-M (both included), layers, or all_but_head."""
+    pattern: Annotated[str | None, Pattern((None,))] = None
     """Regular expression searched in parameter names; one that matches none is an error."""
     lr_scale: Annotated[float | None, Real((None,), minimum=0)] = None
     """Multiplies the learning rate; null keeps it."""
@@ -252,8 +263,13 @@ class ParameterRule(Section):
     """Do not train these parameters at all."""
 
     def problems(self) -> Any:
+        if self.part is None and self.pattern is None:
+            yield "pattern", "a regular expression over names of parameters, or part: embeddings, head, layers.0-3, ..."
+        if self.part is not None and self.pattern is not None:
+            yield "pattern", "no pattern beside a part: a rule has one of the two"
         if self.lr_scale is None and self.weight_decay is None and not self.freeze:
-            yield "pattern", "at least one of lr_scale, weight_decay, freeze: this rule changes nothing"
+            key = "pattern" if self.part is None else "part"
+            yield key, "at least one of lr_scale, weight_decay, freeze: this rule changes nothing"
         if self.freeze and (self.lr_scale is not None or self.weight_decay is not None):
             yield "freeze", "false beside lr_scale or weight_decay: frozen parameters have neither"
 
@@ -276,8 +292,12 @@ class _Optimizer(Section):
     """The optimizer."""
     lr: Annotated[float | Auto, Real(("auto",), above=0)] = "auto"
     """Peak learning rate; the schedule multiplies it."""
-    weight_decay: Annotated[float, Real(minimum=0)] = 0.1
-    """Weight decay of matrices; norms, biases and embeddings have none unless a rule says so."""
+    weight_decay: Annotated[float | Auto, Real(("auto",), minimum=0)] = "auto"
+    """Weight decay of matrices; norms, biases and embeddings have none unless a rule says so. auto is 0.1 for a model
+    from scratch, 0.01 for a pretrained one."""
+    layer_decay: Annotated[float, Real(above=0, maximum=1)] = 1.0
+    """Learning rates fall by this factor from layer to layer, from the head (1) down to the embeddings (ELECTRA, arXiv
+    2003.10555, uses 0.8 to 0.9); 1 keeps them equal."""
     clip_norm: Annotated[float | None, Real((None,), above=0)] = 1.0
     """Largest norm of the whole gradient; null does not clip."""
     schedule: ScheduleSection = WSDSchedule()

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, JsonValue
+from pydantic import Discriminator, Field, JsonValue, Tag
 
 from trainwright.base.units import Duration
 from trainwright.config.fields import Auto, Listed, Name, Real, Truth, Unit, Whole, Words
 from trainwright.config.section import Section
 
-__all__ = ["CheckpointSection", "MonitorSection", "RunSection", "SampleSection"]
+__all__ = ["CheckpointSection", "KeepBestSection", "MonitorSection", "RunSection", "SampleSection"]
+
+
+class KeepBestSection(Section):
+    """Keep the checkpoint of the best evaluation."""
+
+    metric: Annotated[str, Name(what_it_is="auto, loss, or the name of one of the task's metrics")] = "auto"
+    """What is compared: auto is what early stopping goes by, else the task's own metric, else the validation loss."""
+
+
+def _keep_best(value: Any) -> str:
+    return "<section>" if isinstance(value, (Mapping, KeepBestSection)) else "<word>"
+
+
+KeepBest: TypeAlias = Annotated[
+    Annotated[bool | Auto, Truth(("auto",)), Tag("<word>")] | Annotated[KeepBestSection, Tag("<section>")],
+    Discriminator(_keep_best),
+]
 
 
 class CheckpointSection(Section):
@@ -20,6 +38,9 @@ class CheckpointSection(Section):
     """How often a checkpoint is saved; an interrupted run saves one in any case."""
     keep: Annotated[int, Whole(minimum=1)] = 3
     """Checkpoints that stay; older ones are deleted, the last good one never."""
+    keep_best: KeepBest = "auto"
+    """Keep the checkpoint of the best evaluation beside the newest ones, whenever it was; {metric: ...} says what is
+    best. auto does where the task has a metric of its own or training may stop early."""
     asynchronous: Annotated[bool, Truth()] = True
     """Write in the background while training goes on."""
     save_final: Annotated[bool, Truth()] = True

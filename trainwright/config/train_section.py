@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from trainwright.base.units import Count, Duration
-from trainwright.config.fields import Auto, Real, Truth, Unit, Whole, Words
+from trainwright.config.fields import Auto, Listed, Name, Real, Truth, Unit, Whole, Words
+from trainwright.config.optim_section import PART
 from trainwright.config.section import Section
 
 __all__ = ["BUDGETS", "EMASection", "EarlyStoppingSection", "SpikeSection", "TrainSection"]
@@ -15,12 +16,14 @@ BUDGETS = ("steps", "tokens", "epochs", "time")
 
 
 class EarlyStoppingSection(Section):
-    """Stop when the validation loss no longer falls."""
+    """Stop when evaluations no longer get better."""
 
+    metric: Annotated[str, Name(what_it_is="auto, loss, or the name of one of the task's metrics")] = "auto"
+    """What is compared: auto is the task's own metric (F1 of entities, accuracy, ...), else the validation loss."""
     patience: Annotated[int, Whole(minimum=1)] = 5
     """Evaluations without improvement after which training stops."""
     min_delta: Annotated[float, Real(minimum=0)] = 0.0
-    """Improvements of the validation loss up to this size do not count."""
+    """Improvements up to this size do not count, in units of the metric."""
 
 
 class EMASection(Section):
@@ -67,7 +70,15 @@ class TrainSection(Section):
     threads: Annotated[int | Auto, Whole(("auto",), minimum=1)] = "auto"
     """CPU threads of this process."""
     early_stopping: EarlyStoppingSection | None = None
-    """Stop when the validation loss no longer falls; null trains the whole budget."""
+    """Stop when evaluations no longer get better; null trains the whole budget."""
+    export: Annotated[Literal["auto", "best", "last"], Words(("auto", "best", "last"))] = "auto"
+    """Which weights become model/: those of the best evaluation or of the last step; auto is best where
+    checkpoint.keep_best keeps them."""
+    freeze: Annotated[tuple[str, ...], Listed((), PART, empty=True)] = ()
+    """Parts that are not trained: embeddings, head, layers.N, layers.N-M, layers, or all_but_head."""
+    neftune_alpha: Annotated[float | None, Real((None,), above=0)] = None
+    """Uniform noise on the embedded tokens in training, scaled by alpha / sqrt(length * width) (NEFTune, arXiv
+    2310.05914, which uses 5 to 15); null adds none."""
     ema: EMASection | None = None
     """Exponential moving average of the weights; null keeps none."""
     on_nan: Annotated[Literal["skip", "stop"], Words(("skip", "stop"))] = "skip"
@@ -100,5 +111,8 @@ class TrainSection(Section):
         return idle
 
     def problems(self) -> Any:
-        if self.early_stopping is not None and self.eval_every == "never":
-            yield "early_stopping", "null: train.eval_every is never"
+        if self.eval_every == "never":
+            if self.early_stopping is not None:
+                yield "early_stopping", "null: train.eval_every is never"
+            if self.export == "best":
+                yield "export", "auto or last: train.eval_every is never"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainwright.base.errors import ConfigError
@@ -16,9 +16,22 @@ from trainwright.optim.loss_scale import LossScaleOptions
 __all__ = ["learning_rate_multiplier", "optimizer_options", "scaler_options"]
 
 
-def optimizer_options(section: OptimSection, precision: PrecisionSection, *, seed: int = 0) -> OptimizerOptions:
-    """Everything that `build_optimizer` needs of an `optim` section with settled values; `seed` is for rounding."""
-    values: dict[str, Any] = dict(section)
+WEIGHT_DECAY = 0.1
+"""Where nobody settled it: of a model from scratch."""
+
+
+def optimizer_options(
+    section: OptimSection, precision: PrecisionSection, *, seed: int = 0, freeze: Sequence[str] = ()
+) -> OptimizerOptions:
+    """Everything that `build_optimizer` needs of an `optim` section with settled values.
+
+    Args:
+        seed: of rounding.
+        freeze: parts of the model that are not trained (`train.freeze`).
+    """
+    values: dict[str, Any] = dict(section) | {"freeze": tuple(freeze)}
+    if values["weight_decay"] == "auto":
+        values["weight_decay"] = WEIGHT_DECAY
     for key in ("schedule", "clip_norm"):
         del values[key]
     rules = tuple(Rule(**dict(rule)) for rule in values.pop("rules"))

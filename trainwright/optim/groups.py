@@ -13,8 +13,11 @@ from torch import Tensor
 
 from trainwright.base.errors import ConfigError
 from trainwright.optim.options import OptimizerOptions, Rule
+from trainwright.optim.parts import ModelParts
 
-__all__ = ["GroupSummary", "describe_groups", "first_match", "make_groups"]
+__all__ = ["NOTHING_TO_TRAIN", "GroupSummary", "describe_groups", "first_match", "make_groups"]
+
+NOTHING_TO_TRAIN = "there is no parameter to train: every one is frozen"
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,16 @@ class GroupSummary:
         )
 
 
-def first_match(rules: Sequence[Rule], name: str) -> Rule | None:
-    """The first rule whose pattern is found in `name`, or None."""
-    return next((rule for rule in rules if re.search(rule.pattern, name)), None)
+def first_match(rules: Sequence[Rule], name: str, parts: ModelParts | None = None) -> Rule | None:
+    """The first rule for `name`, or None; `parts` are those of its model, for rules that speak of parts."""
+    parts = parts or ModelParts([name])
+    return next((rule for rule in rules if _is_for(rule, name, parts)), None)
+
+
+def _is_for(rule: Rule, name: str, parts: ModelParts) -> bool:
+    if rule.part is not None:
+        return parts.holds(rule.part, name)
+    return rule.pattern is not None and re.search(rule.pattern, name) is not None
 
 
 def make_groups(
@@ -48,6 +58,8 @@ def make_groups(
 
     A rule may be for names `elsewhere`: parameters of the same model that other processes hold.
     Parameters of frozen rules get `requires_grad = False` and, like those already without gradient, no group.
+    Where others hold parts of the model and nothing here is trained, there is one group without parameters: the engine
+    sees to it that somebody trains something.
     Raises ConfigError when a rule matches no name (naming near ones) or when nothing is left to train.
     """
     names_of: dict[Tensor, list[str]] = {}
@@ -55,16 +67,20 @@ def make_groups(
         names_of.setdefault(parameter, []).append(name)
     # A rule may speak of a tied parameter by any of its names.
     here = [name for names in names_of.values() for name in names]
-    _refuse_idle_rules(options.rules, list(dict.fromkeys([*here, *elsewhere])))
+    parts = ModelParts([*here, *elsewhere])
+    _refuse_idle(options, parts)
 
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for parameter, names in names_of.items():
-        rule = next((found for name in names if (found := first_match(options.rules, name))), None)
-        if rule is not None and rule.freeze:
+        rule = next((found for name in names if (found := first_match(options.rules, name, parts))), None)
+        frozen = any(parts.holds(part, name) for part in options.freeze for name in names)
+        if frozen or (rule is not None and rule.freeze):
             parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
         lr_scale = rule.lr_scale if rule is not None and rule.lr_scale is not None else 1.0
+        if options.layer_decay != 1.0:
+            lr_scale *= options.layer_decay ** parts.depth(names)
         decay = rule.weight_decay if rule is not None and rule.weight_decay is not None else None
         if decay is None:
             decay = options.weight_decay if _decays(parameter, names, options) else 0.0
@@ -75,10 +91,24 @@ def make_groups(
         )
         group["params"].append((names[0], parameter))
     if not groups:
-        raise ConfigError(
-            "there is no parameter to train: every one is frozen", hint="remove a freeze rule or unfreeze the model"
-        )
-    return list(groups.values())
+        if set(parts.names) == set(here):
+            raise ConfigError(NOTHING_TO_TRAIN, hint="remove a freeze rule or unfreeze the model")
+        return [_empty_group(options)]
+    # The highest rate first: it is the one that reports name.
+    return sorted(groups.values(), key=lambda group: -group["lr"]) if options.layer_decay != 1.0 else [*groups.values()]
+
+
+def _empty_group(options: OptimizerOptions) -> dict[str, Any]:
+    """The group of a process that holds frozen parameters only, of a model that others train: it has a rate to report,
+    and takes part in every step."""
+    algorithm = "adamw" if options.name == "muon" else options.name
+    return {
+        "params": [],
+        "param_names": [],
+        "algorithm": algorithm,
+        "lr": options.lr,
+        "weight_decay": options.weight_decay,
+    }
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> list[GroupSummary]:
@@ -112,8 +142,18 @@ def _any_match(patterns: Sequence[str], names: Sequence[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns for name in names)
 
 
-def _refuse_idle_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
-    idle = [rule.pattern for rule in rules if not any(re.search(rule.pattern, name) for name in names)]
+def _refuse_idle(options: OptimizerOptions, parts: ModelParts) -> None:
+    """Refuse what is said of parameters that the model does not have."""
+    for part in [*options.freeze, *(rule.part for rule in options.rules if rule.part is not None)]:
+        parts.check(part)
+    if options.layer_decay != 1.0 and not parts.layers:
+        raise ConfigError(
+            "optim.layer_decay needs layers that are numbered in the names of parameters, and there are none",
+            hint=f"names are such as {', '.join(parts.names[:3])}; use optim.rules with lr_scale",
+        )
+    names = parts.names
+    patterns = [rule.pattern for rule in options.rules if rule.pattern is not None]
+    idle = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]
     if not idle:
         return
     near: list[str] = []

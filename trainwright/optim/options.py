@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from trainwright.base.errors import ConfigError
+from trainwright.optim.parts import EMBEDDING_NAMES
 
 __all__ = ["HALF_UPDATES", "NAMES", "OptimizerOptions", "Rule"]
 
@@ -21,23 +22,27 @@ DEFAULT_MOMENTUM = {"sgd": 0.9, "muon": 0.95}
 
 @dataclass(frozen=True)
 class Rule:
-    """Treats the parameters whose name the regular expression `pattern` finds (`re.search`) differently.
+    """Treats some parameters differently: those of a part of the model, or those whose name a pattern finds.
 
     Args:
-        pattern: regular expression over full parameter names, such as `r"\\.layers\\.[0-3]\\."`.
+        pattern: regular expression over full parameter names (`re.search`), such as `r"\\.layers\\.[0-3]\\."`.
+        part: "embeddings", "head", "layers", "layers.N", "layers.N-M" or "all_but_head", in place of a pattern.
         lr_scale: multiplies the learning rate of these parameters; None keeps it.
         weight_decay: replaces the weight decay, also where the default is no decay; None keeps it.
         freeze: these parameters are not trained at all.
     """
 
-    pattern: str
+    pattern: str | None = None
     lr_scale: float | None = None
     weight_decay: float | None = None
     freeze: bool = False
+    part: str | None = None
 
     def __post_init__(self) -> None:
+        if (self.pattern is None) == (self.part is None):
+            raise ConfigError("an optimizer rule has either a pattern or a part", hint="Rule(part='head', lr_scale=10)")
         try:
-            re.compile(self.pattern)
+            re.compile(self.pattern or "")
         except re.error as error:
             raise ConfigError(
                 f"optimizer rule {self.pattern!r} is not a regular expression: {error}",
@@ -59,8 +64,11 @@ class OptimizerOptions:
         momentum: of sgd (None = 0.9) and muon (None = 0.95).
         nesterov: look one step ahead of the momentum (sgd, muon); None = off for sgd, on for muon.
         weight_decay: decoupled (1711.05101), times the learning rate; for sgd the classic L2 term in the gradient.
-        rules: ordered; the first whose pattern matches a name decides; one that matches nothing is refused.
-        no_decay: names that do not decay beside all vectors (norms, biases): the embeddings of the shipped families.
+        layer_decay: learning rates fall by this factor from layer to layer, from the head (1) to the embeddings
+            (ELECTRA, 2003.10555); a rule's `lr_scale` multiplies what is left.
+        rules: ordered; the first that is for a name decides; one that is for nothing is refused.
+        freeze: parts of the model (see `Rule`) that are not trained, whatever the rules say.
+        no_decay: names that do not decay beside all vectors (norms, biases): embeddings.
         adamw_only: muon leaves these matrices to AdamW: embeddings and output heads (Keller Jordan's rule).
         lr_adjust: of muon: `match_rms_adamw` gives updates the size of AdamW's, so one lr fits both (2502.16982);
             `original` is Keller Jordan's sqrt(max(1, rows/columns)), for lr near 0.02.
@@ -82,9 +90,14 @@ class OptimizerOptions:
     momentum: float | None = None
     nesterov: bool | None = None
     weight_decay: float = 0.1
+    layer_decay: float = 1.0
     rules: tuple[Rule, ...] = ()
-    no_decay: tuple[str, ...] = (r"(^|\.)(embed_tokens|wte|wpe)(\.|$)",)
-    adamw_only: tuple[str, ...] = (r"(^|\.)(embed_tokens|wte|wpe|lm_head|score|classifier|embeddings?)(\.|$)",)
+    freeze: tuple[str, ...] = ()
+    no_decay: tuple[str, ...] = (EMBEDDING_NAMES,)
+    adamw_only: tuple[str, ...] = (
+        EMBEDDING_NAMES,
+        r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|cls|embedding)(\.|$)",
+    )
     lr_adjust: str = "match_rms_adamw"
     newton_schulz_steps: int = 5
     newton_schulz_dtype: str = "auto"
@@ -100,6 +113,7 @@ class OptimizerOptions:
         _require(math.isfinite(self.lr) and self.lr >= 0, "lr", self.lr, "a finite number of at least 0")
         _require(self.eps >= 0, "eps", self.eps, "at least 0")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0, at most 1")
         for beta in self.betas or ():
             _require(0 <= beta < 1, "betas", self.betas, "two numbers of at least 0 and below 1")
         _require(self.momentum is None or 0 <= self.momentum < 1, "momentum", self.momentum, "at least 0, below 1")

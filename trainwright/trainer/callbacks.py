@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from trainwright.base.events import emit
 from trainwright.base.protocols import StateDict
+from trainwright.tasks.task import Metric, Task
 
 if TYPE_CHECKING:
     from trainwright.engine import StepReport
     from trainwright.trainer.build import Run
     from trainwright.trainer.evaluation import Evaluation
 
-__all__ = ["Callback", "EarlyStopping"]
+__all__ = ["Callback", "EarlyStopping", "followed_metric", "less_is_better"]
 
 
 class Callback:
@@ -43,33 +45,67 @@ class Callback:
 
 
 class EarlyStopping(Callback):
-    """Ends the run when the validation loss has not improved for `patience` evaluations.
+    """Ends the run when a metric has not got better for `patience` evaluations.
 
     Args:
         patience: evaluations without improvement that are borne.
-        min_delta: smallest fall of the loss, in nats, that counts as improvement.
+        min_delta: smallest improvement that counts, in units of the metric.
+        metric: its name; "auto" is the task's own, or the loss where evaluations during training do not give that.
     """
 
     name = "early_stopping"
 
-    def __init__(self, *, patience: int, min_delta: float = 0.0) -> None:
+    def __init__(self, *, patience: int, min_delta: float = 0.0, metric: str = "auto") -> None:
         self.patience = patience
         self.min_delta = min_delta
+        self.metric = metric
+        self.followed = ""
         self.best = float("inf")
         self.waited = 0
 
     def on_evaluation(self, run: Run, result: Evaluation) -> None:
-        if result.loss < self.best - self.min_delta:
-            self.best, self.waited = result.loss, 0
+        metric = followed_metric(self.metric, run.task, result)
+        value = result.metric(metric.name)
+        if metric.name != self.followed:
+            self.followed, self.best, self.waited = metric.name, -float("inf") if metric.higher else float("inf"), 0
+        gain = value - self.best if metric.higher else self.best - value
+        if gain > self.min_delta:
+            self.best, self.waited = value, 0
             return
         self.waited += 1
         if self.waited >= self.patience:
-            message = f"early stopping: no improvement on {self.best:.4f} in {self.waited} evaluations"
+            what = "" if metric.name == "loss" else f" of {metric.name}"
+            message = f"early stopping: no improvement on {self.best:.4f}{what} in {self.waited} evaluations"
             emit("warning", message=message)
             run.stop_reason = message
 
     def state_dict(self) -> StateDict:
-        return {"best": self.best, "waited": self.waited}
+        return {"metric": self.followed, "best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: StateDict) -> None:
+        self.followed = state.get("metric", "loss")  # older checkpoints know of the loss alone
         self.best, self.waited = state["best"], state["waited"]
+
+
+_LESS_IS_BETTER = ("loss", "perplexity", "error", "errors", "mse", "mae", "rmse", "wer", "cer", "ter")
+
+
+def followed_metric(name: str, task: Task, result: Evaluation) -> Metric:
+    """The metric that a recipe means by `name`, and whether more of it is better.
+
+    "auto" is the task's own. Where an evaluation during training does not give that (a score of generated texts), it
+    is the loss.
+
+    Raises:
+        ConfigError: this task has no such metric.
+    """
+    own = task.best
+    if name == "auto":
+        return own if own.name == "loss" or own.name in result.metrics else Metric()
+    result.metric(name)
+    return own if own.name == name else Metric(name, higher=not less_is_better(name))
+
+
+def less_is_better(name: str) -> bool:
+    """Whether a metric of this name counts what is wrong: losses and errors, also as a part (`head_loss`)."""
+    return bool(set(re.split(r"[^a-z]+", name.lower())) & set(_LESS_IS_BETTER))
