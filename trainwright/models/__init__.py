@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from trainwright.models.attach import attach_head
+from trainwright.models.backbone import Backbone
 from trainwright.models.cache import KVCache
 from trainwright.models.checks import check_vocabulary
 from trainwright.models.counting import (
@@ -13,6 +15,7 @@ from trainwright.models.counting import (
 from trainwright.models.decoder import Decoder
 from trainwright.models.exporting import save_pretrained
 from trainwright.models.gpt2 import GPT2Config
+from trainwright.models.heads import HeadSpec
 from trainwright.models.hub import load_hub
 from trainwright.models.importing import Pretrained, load_config, load_pretrained
 from trainwright.models.initialise import initial_value, initial_values, initialise, materialize
@@ -31,8 +34,10 @@ from trainwright.models.structure import ModelPlan, SplitLinear
 from trainwright.models.weights import kept_tensors
 
 __all__ = [
+    "Backbone",
     "Decoder",
     "GPT2Config",
+    "HeadSpec",
     "KVCache",
     "LlamaConfig",
     "MoEConfig",
@@ -40,6 +45,7 @@ __all__ = [
     "ModelPlan",
     "Pretrained",
     "SplitLinear",
+    "attach_head",
     "build_model",
     "check_vocabulary",
     "config_from_dict",

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from trainwright.base.seeds import derive_seed
 from trainwright.ops.dropout import drop, head_keys, keep_mask, site_keys, token_keys
 
-__all__ = ["AttentionDropout", "Dropout", "DropoutPlace", "KeptWeights", "join_place", "pin"]
+__all__ = ["AttentionDropout", "Dropout", "DropoutPlace", "KeptWeights", "RowDropout", "join_place", "pin"]
 
 
 class DropoutPlace:
@@ -148,6 +148,18 @@ class Dropout(_Sited):
             return F.dropout(x, self.p)
         assert self.place is not None
         return drop(x, self.place.part(keys, x.shape[1]), self.p, self.first_feature)
+
+
+class RowDropout(_Sited):
+    """Dropout of one vector for each row, [B, D]: goes by the key of the row's first token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        keys = self._keys()
+        if keys is None:
+            return F.dropout(x, self.p)
+        return drop(x[:, None], keys[:, :1], self.p)[:, 0]
 
 
 class AttentionDropout(_Sited):

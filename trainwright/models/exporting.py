@@ -22,7 +22,7 @@ from torch import Tensor
 from trainwright.base.errors import ModelError
 from trainwright.base.faults import fault_point
 from trainwright.base.safetensors_file import DTYPE_CODES, INDEX_NAME, StoredTensor, write_folder
-from trainwright.models.decoder import Decoder
+from trainwright.models.backbone import Backbone
 from trainwright.models.registry import ModelConfig, family_of
 from trainwright.models.weights import kept_tensors
 
@@ -47,7 +47,7 @@ class WeightSource:
 
 
 def save_pretrained(
-    model: Decoder,
+    model: Backbone,
     folder: str | Path,
     *,
     generation: Mapping[str, Any] | None = None,
@@ -131,7 +131,7 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _checked(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _checked(model: Backbone, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {}
     parameters = dict(model.named_parameters())
     for name, parameter in kept_tensors(model).items():

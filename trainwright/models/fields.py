@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainwright.base.errors import ModelError
+from trainwright.models.heads import head_fields, head_from_fields
 from trainwright.models.registry import FAMILIES, ModelConfig, refuse_unknown_fields
 from trainwright.ops.rotary import RotaryScaling
 
@@ -19,6 +20,9 @@ __all__ = ["config_fields", "config_from_fields"]
 def config_fields(config: ModelConfig) -> dict[str, Any]:
     """JSON values from which `config_from_fields` makes an equal configuration."""
     values = {"family": config.family, **dataclasses.asdict(config)}
+    del values["head"]
+    if config.head is not None:
+        values["head"] = head_fields(config.head)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -44,6 +48,8 @@ def config_from_fields(values: Mapping[str, Any]) -> ModelConfig:
             f"a {family.name} configuration needs {', '.join(missing)}", hint="write them out, or use a preset"
         )
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    if isinstance(given.get("head"), Mapping):
+        given["head"] = head_from_fields(given["head"])
     if isinstance(given.get("rope_scaling"), Mapping):
         given["rope_scaling"] = _rotary_scaling(given["rope_scaling"])
     config: ModelConfig = family.config_class(**given)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-__all__ = ["HeadSpec"]
+from trainwright.base.errors import ModelError
+
+__all__ = ["HeadSpec", "check_head", "head_fields", "head_from_fields", "head_module_name"]
 
 
 @dataclass(frozen=True)
@@ -30,3 +33,37 @@ class HeadSpec:
     crf: bool = False
     dropout: float = 0.1
     problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+
+
+def check_head(head: object) -> None:
+    """ModelError unless `head` is None or a HeadSpec."""
+    if head is not None and not isinstance(head, HeadSpec):
+        raise ModelError(f"head={head!r}; expected a HeadSpec, or none")
+
+
+def head_fields(head: HeadSpec) -> dict[str, Any]:
+    """JSON values from which `head_from_fields` makes an equal spec."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(head).items()}
+
+
+def head_from_fields(values: Mapping[str, Any]) -> HeadSpec:
+    """The spec of which `values` are the fields.
+
+    Raises:
+        ModelError: fields that a head does not have.
+    """
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:
+        return HeadSpec(**given)
+    except TypeError as error:
+        raise ModelError(f"head: {error}") from error
+
+
+def head_module_name(model_type: str, kind: str) -> str:
+    """What the head of a task is called in a model, after the transformers class for the same task."""
+    if kind == "embedding":
+        return "embedding_head"
+    if kind == "span":
+        return "qa_outputs"
+    encoder = model_type in ("bert", "roberta", "xlm-roberta")
+    return "classifier" if encoder or (model_type == "gpt2" and kind == "token") else "score"

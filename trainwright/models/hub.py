@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from trainwright.base.errors import MissingDependencyError, ModelError
-from trainwright.models.decoder import Decoder
+from trainwright.models.backbone import Backbone
 from trainwright.models.importing import load_pretrained
 
 __all__ = ["download", "load_hub"]
@@ -54,6 +54,6 @@ def load_hub(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> Decoder:
+) -> Backbone:
     """The model `owner/name` of the Hugging Face hub; see `load_pretrained` for the rest."""
     return load_pretrained(download(name, revision=revision), dtype=dtype, device=device)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainwright.base.errors import ModelError
-from trainwright.models.decoder import Decoder
+from trainwright.models.backbone import Backbone
 from trainwright.models.registry import ModelConfig, build_model, config_from_dict, family_of
 from trainwright.models.weights import kept_tensors
 
@@ -50,7 +50,7 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 def load_pretrained(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Decoder:
+) -> Backbone:
     """The model of a local Hugging Face folder, in evaluation mode.
 
     dtype: of the parameters; None takes what config.json says the weights are (float32 where it says nothing).
@@ -165,7 +165,7 @@ class _TensorFiles:
         return tensor
 
 
-def _match(model: Decoder, config: ModelConfig, tensors: _TensorFiles) -> dict[str, str]:
+def _match(model: Backbone, config: ModelConfig, tensors: _TensorFiles) -> dict[str, str]:
     """Where in the files each tensor that the model needs is; ModelError names all that do not fit, before memory is
     taken."""
     weights = family_of(config).weights
@@ -211,7 +211,7 @@ def _lacks_prefix(key: str, prefix: str) -> bool:
     return not key.startswith((prefix, "lm_head."))
 
 
-def _check_tied(model: Decoder, config: ModelConfig, tensors: _TensorFiles, seen: dict[str, str]) -> None:
+def _check_tied(model: Backbone, config: ModelConfig, tensors: _TensorFiles, seen: dict[str, str]) -> None:
     (kept, _), *_ = family_of(config).plan(config).tied
     if kept not in seen:
         return

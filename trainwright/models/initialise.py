@@ -2,21 +2,23 @@
 
 Matrices and embeddings are normal with `initializer_range`; projections that write into the residual stream are scaled
 by 1 / sqrt(2 * layers), so that its variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3);
-biases are zero and norms are one.
+biases and the transitions of a CRF are zero, and norms are one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from trainwright.base.seeds import derive_seed
-from trainwright.models.decoder import Decoder
+from trainwright.models.backbone import Backbone
 from trainwright.models.weights import kept_tensors
+
+Model = TypeVar("Model", bound=Backbone)
 
 __all__ = ["initial_value", "initial_values", "initialise", "materialize"]
 
@@ -35,7 +37,7 @@ def initial_value(name: str, shape: Sequence[int], config: Any, seed: int) -> Te
 
     Drawn on the CPU whatever the device, so that a run on a GPU starts from the same weights.
     """
-    if name.endswith("bias"):
+    if name.endswith("bias") or ".crf." in name:
         return torch.zeros(tuple(shape))
     if len(shape) == 1:
         return torch.ones(tuple(shape))
@@ -52,14 +54,14 @@ def initial_values(config: Any, seed: int) -> Callable[[str, Sequence[int], torc
 
 
 @torch.no_grad()
-def initialise(model: Decoder, seed: int) -> None:
+def initialise(model: Backbone, seed: int) -> None:
     """Fill every parameter and kept buffer of a model that has storage, in place. Tied parameters count once, by their
     first name."""
     for name, parameter in kept_tensors(model).items():
         parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
 
 
-def materialize(model: Decoder, device: torch.device | str, seed: int) -> Decoder:
+def materialize(model: Model, device: torch.device | str, seed: int) -> Model:
     """Give a model built with device="meta" its storage on `device` and its initial weights; returns the same model."""
     model.to_empty(device=device)
     model.tie_weights()

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from trainwright.base.errors import ModelError
-from trainwright.models.decoder import Decoder
+from trainwright.models.attach import attach_head
+from trainwright.models.backbone import Backbone
 from trainwright.models.gpt2.config import GPT2Config
 from trainwright.models.gpt2.model import GPT2LMHeadModel
 from trainwright.models.gpt2.plan import plan as gpt2_plan
@@ -54,7 +55,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     config_class: type[Any]
-    model_class: Callable[[Any], Decoder]
+    model_class: Callable[[Any], Backbone]
     presets: Mapping[str, Any]
     plan: Callable[[Any], ModelPlan]
     weights: WeightFormat
@@ -147,11 +148,13 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> Decoder:
+) -> Backbone:
     """A model with initial weights, in training mode. device="meta" gives shapes only: see `materialize`.
 
     The weights are a pure function of (config, seed): device, layout and call order do not change them.
     """
     with torch.device("meta"):
         model = family_of(config).model_class(config).to(dtype)
+        if config.head is not None:
+            attach_head(model, config.head)
     return model if torch.device(device).type == "meta" else materialize(model, device, seed)

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainwright.base.errors import ModelError
 from trainwright.models.checks import positive, probability
+from trainwright.models.heads import HeadSpec, check_head
 from trainwright.models.hf_fields import integer, number, refuse_unsupported, token_ids, token_ids_to_hf
 from trainwright.ops.activation import activation
 
@@ -20,6 +21,7 @@ class GPT2Config:
     intermediate_size: width of the feed-forward half; GPT-2 uses 4 * hidden_size.
     bias: biases in linears and norms. Without (nanoGPT), the Hugging Face folder gets zero biases: the same model.
     embd_dropout, attn_dropout, resid_dropout: after the embedding, on attention weights, before each residual sum.
+    head: what stands on the trunk in place of the language-model head.
     """
 
     vocab_size: int
@@ -41,6 +43,7 @@ class GPT2Config:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    head: HeadSpec | None = None
 
     @property
     def family(self) -> str:
@@ -55,6 +58,7 @@ class GPT2Config:
         return self.hidden_size // self.num_heads
 
     def __post_init__(self) -> None:
+        check_head(self.head)
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
             positive(name, getattr(self, name))
         positive("max_position_embeddings", self.max_position_embeddings)

@@ -150,7 +150,7 @@ class GPT2LMHeadModel(Decoder):
                 hint="shorten the sequence; learned positions cannot be extended",
             )
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         trunk = self.transformer
         x: Tensor = trunk.drop(trunk.wte(input_ids) + trunk.wpe(position_ids))
         return x

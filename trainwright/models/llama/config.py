@@ -11,6 +11,7 @@ from typing import Any
 
 from trainwright.base.errors import ModelError
 from trainwright.models.checks import positive, probability
+from trainwright.models.heads import HeadSpec, check_head
 from trainwright.ops.rotary import RotaryLayout, RotaryScaling
 
 __all__ = ["ARCHITECTURES", "LlamaConfig"]
@@ -30,6 +31,7 @@ class LlamaConfig:
     qk_norm: RMSNorm over head_dim on queries and keys (Qwen 3).
     sliding_window: a token sees itself and `sliding_window - 1` tokens before it, in the layers of `sliding_layers`
         (None: every layer).
+    head: what stands on the trunk in place of the language-model head.
     """
 
     vocab_size: int
@@ -57,12 +59,14 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    head: HeadSpec | None = None
 
     @property
     def family(self) -> str:
         return "llama"
 
     def __post_init__(self) -> None:
+        check_head(self.head)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             positive(name, getattr(self, name))
         for name in ("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"):

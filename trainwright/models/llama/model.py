@@ -155,7 +155,7 @@ class LlamaForCausalLM(Decoder):
     def final_norm(self) -> nn.Module:
         return self.model.norm
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         x: Tensor = self.model.embed_tokens(input_ids)
         return x
 

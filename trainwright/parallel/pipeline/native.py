@@ -43,7 +43,7 @@ class NativeStage:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         model.dropout_place.locate(position_ids, batch.get("document_ids"))
         if part.is_first:
-            x = model.embed(input_ids, position_ids)
+            x = model.embed(input_ids, position_ids, batch.get("token_type_ids"))
         assert x is not None
         assert isinstance(model.blocks, StageBlocks)
         with model.blocks.only(part.blocks):
