@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from trainwright.base.errors import ConfigError
 from trainwright.models import Decoder
+from trainwright.models.adapters.linear import AdaptedLinear, held_types
 
 __all__ = ["PRECISIONS", "Precision", "cast_model", "compute_in_fp32", "keep_residual_fp32", "precision", "wire_type"]
 
@@ -77,13 +78,17 @@ def wire_type(word: str, policy: Precision) -> torch.dtype:
 def cast_model(model: nn.Module, policy: Precision, keep: set[nn.Module]) -> None:
     """Hold every floating-point parameter of `model` in the policy's type, those of the modules in `keep` in fp32.
 
-    Buffers keep their types: tables and running statistics were made in the type that they need.
+    Buffers keep their types: tables and running statistics were made in the type that they need. So do frozen weights
+    beside an adapter for which a type was asked.
     """
     inside = {inner for module in keep for inner in module.modules()}
     for module in model.modules():
         wanted = torch.float32 if module in inside else policy.parameter_dtype
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point() and parameter.dtype != wanted:
+        chosen = held_types(module) if isinstance(module, AdaptedLinear) and module not in inside else ()
+        for name, parameter in module._parameters.items():
+            if parameter is None or name in chosen or not parameter.is_floating_point():
+                continue
+            if parameter.dtype != wanted:
                 parameter.data = parameter.data.to(wanted)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.nn import functional as F
 
+from trainwright.models.adapters.linear import AdaptedLinear
+from trainwright.parallel.tensor.adapted import divide_columns, divide_rows, hold_whole
 from trainwright.parallel.tensor.collectives import cut_and_gather_gradient, gather_and_cut_gradient
 from trainwright.parallel.tensor.parameters import Divider, local, part_of
 from trainwright.parallel.tensor.stream import Stream
@@ -58,6 +60,9 @@ def make_column(
 ) -> None:
     """Divide the output features of a linear."""
     assert isinstance(module, nn.Linear)
+    if isinstance(module, AdaptedLinear):
+        divide_columns(module, divider, stream, enters=enters, joins=joins)
+        return
     divider.shard(module, "weight", 0)
     divider.shard(module, "bias", 0)
     module.__class__ = ColumnLinear
@@ -87,6 +92,9 @@ class RowLinear(nn.Linear):
 def make_row(module: nn.Module, divider: Divider, stream: Stream, *, splits: bool = False) -> None:
     """Divide the input features of a linear."""
     assert isinstance(module, nn.Linear)
+    if isinstance(module, AdaptedLinear):
+        divide_rows(module, divider, stream, splits=splits)
+        return
     divider.shard(module, "weight", 1)
     divider.replicate(module, "bias")
     module.__class__ = RowLinear
@@ -120,19 +128,22 @@ def make_shared_heads(module: nn.Module, divider: Divider, *, queries: int, head
     Returns how many its output has.
     """
     assert isinstance(module, nn.Linear)
-    divider.replicate(module, "weight")
-    divider.replicate(module, "bias")
     first, count = part_of(queries, divider.axis)
     needed = [query // (queries // heads) for query in range(first, first + count)]
     groups = {head: len(list(group)) for head, group in groupby(needed)}
     each = math.gcd(*groups.values())
     width = module.out_features // heads
+    rows = slice(min(groups) * width, (max(groups) + 1) * width)
+    picks = tuple(head - min(groups) for head, size in groups.items() for _ in range(size // each))
+    if isinstance(module, AdaptedLinear):
+        hold_whole(module, divider, rows, len(groups), picks)
+        return len(picks)
+    divider.replicate(module, "weight")
+    divider.replicate(module, "bias")
     module.__class__ = SharedHeadsLinear
     assert isinstance(module, SharedHeadsLinear)
-    module.rows = slice(min(groups) * width, (max(groups) + 1) * width)
-    module.heads = len(groups)
-    module.picks = tuple(head - min(groups) for head, size in groups.items() for _ in range(size // each))
-    return len(module.picks)
+    module.rows, module.heads, module.picks = rows, len(groups), picks
+    return len(picks)
 
 
 class VocabularyEmbedding(nn.Embedding):

@@ -1,0 +1,56 @@
+"""What an adapter is, as plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from trainwright.base.errors import ConfigError
+
+__all__ = ["METHODS", "AdapterOptions", "Base"]
+
+METHODS = ("lora", "rslora", "dora")
+
+Base = Literal["as_is", "fp32", "bf16", "fp16", "nf4"]
+"""In which type the frozen weights of adapted linears are held; "as_is" leaves them as the model has them."""
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Low-rank adapters (LoRA, arXiv 2106.09685).
+
+    Attributes:
+        name: lora; rslora (scaled by alpha / sqrt(rank), arXiv 2312.03732); dora (magnitude and direction apart, arXiv
+            2402.09353).
+        rank: r of A [r, in] and B [out, r].
+        alpha: the addition is scaled by alpha / rank.
+        dropout: probability, of the adapter's input.
+        targets: patterns searched in the names of linears; None takes every linear inside the repeated blocks.
+        train: patterns searched in names of parameters that are trained as they are, beside adapters and task head.
+        base: see `Base`.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    name: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    train: tuple[str, ...] = ()
+    base: Base = "as_is"
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise ConfigError(f"adapter {self.name!r} is not one of {', '.join(METHODS)}")
+        if self.rank < 1:
+            raise ConfigError(f"the rank of an adapter is {self.rank}, expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"the dropout of an adapter is {self.dropout}, expected at least 0 and below 1")
+
+    @property
+    def scaling(self) -> float:
+        """What B A x is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.name == "rslora" else self.rank)
