@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from trainwright.base.units import Count
 from trainwright.config.fields import Auto, Name, Real, Truth, Unit, Whole, Words
@@ -19,6 +19,8 @@ __all__ = [
     "TokenizerFromHub",
     "TrainBPE",
     "TrainCharacters",
+    "TrainWordPiece",
+    "TrainWords",
     "ValidationFraction",
     "ValidationSources",
     "list_sources",
@@ -68,8 +70,9 @@ class _Train(Section):
     elsewhere: ClassVar[dict[str, str]] = {
         "path": "tokenizer: {path: ...}, which loads one and trains none",
         "hf": "tokenizer: {hf: ...}, which loads one and trains none",
-        "vocab_size": "train: bpe (a character tokenizer has every character of the corpus)",
-        "min_frequency": "train: bpe",
+        "vocab_size": "train: bpe, wordpiece or word (a character tokenizer has every character of the corpus)",
+        "min_frequency": "train: bpe, wordpiece or word",
+        "lowercase": "train: wordpiece or word",
     }
 
 
@@ -77,7 +80,8 @@ class TrainBPE(_Train):
     """Train a byte-level BPE tokenizer on the training text."""
 
     train: Annotated[Literal["bpe"], Words(("bpe",))]
-    """bpe: byte-level byte-pair encoding, which can write every text; char: one token per character."""
+    """bpe: byte-level byte-pair encoding, which can write every text; char: one token per character; wordpiece: BERT's
+    pieces of words; word: whole words."""
     vocab_size: Annotated[Count, Unit((), Count, minimum=257)] = Count(8192)
     """Tokens of the vocabulary, special tokens included; at least 256 bytes and the end of text."""
     min_frequency: Annotated[int, Whole(minimum=1)] = 2
@@ -88,7 +92,36 @@ class TrainCharacters(_Train):
     """One token per character of the corpus."""
 
     train: Annotated[Literal["char"], Words(("char",))]
-    """bpe: byte-level byte-pair encoding, which can write every text; char: one token per character."""
+    """bpe: byte-level byte-pair encoding, which can write every text; char: one token per character; wordpiece: BERT's
+    pieces of words; word: whole words."""
+
+
+class TrainWordPiece(_Train):
+    """Train BERT's WordPiece on the training text."""
+
+    train: Annotated[Literal["wordpiece"], Words(("wordpiece",))]
+    """bpe: byte-level byte-pair encoding, which can write every text; char: one token per character; wordpiece: BERT's
+    pieces of words; word: whole words."""
+    vocab_size: Annotated[Count, Unit((), Count, minimum=16)] = Count(8192)
+    """Tokens of the vocabulary, special tokens included; the text's characters are always kept."""
+    min_frequency: Annotated[int, Whole(minimum=1)] = 2
+    """Pairs seen fewer times are not merged."""
+    lowercase: Annotated[bool, Truth()] = False
+    """Letters lose their case and accents, as in BERT's uncased models."""
+
+
+class TrainWords(_Train):
+    """One token per word, for the most frequent words; the others are [UNK]."""
+
+    train: Annotated[Literal["word"], Words(("word",))]
+    """bpe: byte-level byte-pair encoding, which can write every text; char: one token per character; wordpiece: BERT's
+    pieces of words; word: whole words."""
+    vocab_size: Annotated[Count, Unit((), Count, minimum=16)] = Count(32768)
+    """The most words that are kept, special tokens included."""
+    min_frequency: Annotated[int, Whole(minimum=1)] = 2
+    """Words seen fewer times are [UNK]."""
+    lowercase: Annotated[bool, Truth()] = False
+    """Letters lose their case and accents, as in BERT's uncased models."""
 
 
 class TokenizerFromFolder(Section):
@@ -97,7 +130,7 @@ class TokenizerFromFolder(Section):
     path: Annotated[str, Name(what_it_is="a folder or a tokenizer file")]
     """A folder with tokenizer.json, the file itself, or a sentencepiece .model file."""
     elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("train", "hf", "vocab_size", "min_frequency"), "a tokenizer that is trained or named"
+        ("train", "hf", "vocab_size", "min_frequency", "lowercase"), "a tokenizer that is trained or named"
     )
 
 
@@ -107,13 +140,15 @@ class TokenizerFromHub(Section):
     hf: Annotated[str, Name(what_it_is="owner/name", pattern=r"[\w.-]+(/[\w.-]+)?")]
     """The name of a model on the Hugging Face hub whose tokenizer is taken, owner/name."""
     elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("train", "path", "vocab_size", "min_frequency"), "a tokenizer that is trained or loaded"
+        ("train", "path", "vocab_size", "min_frequency", "lowercase"), "a tokenizer that is trained or loaded"
     )
 
 
 TOKENIZERS: dict[str, type[Section]] = {
     "bpe": TrainBPE,
     "char": TrainCharacters,
+    "wordpiece": TrainWordPiece,
+    "word": TrainWords,
     "path": TokenizerFromFolder,
     "hf": TokenizerFromHub,
 }
@@ -125,9 +160,9 @@ def _tokenizer(value: Any) -> str | None:
         if len(given) != 1:
             return None
         kind = value["train"] if given == ["train"] else given[0]
-        return variant_tag(kind) if kind in ("bpe", "char", "path", "hf") else None
+        return variant_tag(kind) if kind in TOKENIZERS else None
     if isinstance(value, str):
-        return "<word>"
+        return "<auto>"
     return next((variant_tag(key) for key, cls in TOKENIZERS.items() if isinstance(value, cls)), None)
 
 
@@ -143,15 +178,17 @@ def _validation(value: Any) -> str | None:
 
 
 Tokenizer: TypeAlias = Annotated[
-    Annotated[Auto, Words(("auto",)), Tag("<word>")]
+    Annotated[Auto, Words(("auto",)), Tag("<auto>")]
     | Annotated[TrainBPE, Tag("<bpe>")]
     | Annotated[TrainCharacters, Tag("<char>")]
+    | Annotated[TrainWordPiece, Tag("<wordpiece>")]
+    | Annotated[TrainWords, Tag("<word>")]
     | Annotated[TokenizerFromFolder, Tag("<path>")]
     | Annotated[TokenizerFromHub, Tag("<hf>")],
     Discriminator(
         _tokenizer,
         custom_error_type="expected",
-        custom_error_message="auto, {train: bpe, vocab_size: 8192}, {train: char}, {path: ...} or {hf: owner/name}",
+        custom_error_message="auto, {train: bpe | char | wordpiece | word, ...}, {path: ...} or {hf: owner/name}",
     ),
 ]
 
@@ -174,12 +211,23 @@ class DataSection(Section):
     """The training text: one source, or a list of sources as a mixture."""
     validation: Validation = "auto"
     """What the loss is checked on: a held-out part of the source, other sources, or none."""
+    test: Sources = ()
+    """Sources that the finished model is judged on, written as data.source; for tasks made of records."""
+    format: Annotated[str, Name(("auto",), what_it_is="the name of a format of records", pattern=r"[\w-]+")] = "auto"
+    """Format of the records, for tasks made of records; auto looks at the files."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Expected name of a field: its name in the files (text: review, label: stars), for tasks made of records."""
+    max_drop: Annotated[float, Real(minimum=0, maximum=1)] = 0.05
+    """Largest share of the records that may give no example; more is an error. For tasks made of records."""
+    truncation: Annotated[Literal["right", "left", "refuse"], Words(("right", "left", "refuse"))] = "right"
+    """Which end of an example that is longer than sequence_length is cut, where its task cuts; refuse is an error."""
     tokenizer: Tokenizer = "auto"
     """Load or train a tokenizer; auto takes the model's own, or trains byte-level BPE of 8192 tokens."""
     sequence_length: Annotated[int, Whole(minimum=2)] = 512
     """Tokens of a row."""
     packing: Annotated[Literal["concat", "best_fit", "pad"], Words(("concat", "best_fit", "pad"))] = "concat"
-    """concat cuts one long stream; best_fit fills rows with whole documents; pad gives each document its own row."""
+    """concat cuts one long stream; best_fit fills rows with whole documents; pad gives each document its own row.
+    For tasks made of records concat is pad."""
     document_mask: Annotated[bool | Auto, Truth(("auto",))] = "auto"
     """Documents that share a row do not see each other; auto is true unless packing is concat."""
     append_eos: Annotated[bool | Auto, Truth(("auto",))] = "auto"

@@ -8,7 +8,6 @@ names everything that the bytes depend on, so a second build of the same thing o
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -21,10 +20,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from trainwright.base.errors import ConfigError, DataError
-from trainwright.base.events import emit
 from trainwright.base.faults import fault_point
 from trainwright.data.corpus import (
     Corpus,
@@ -37,6 +35,7 @@ from trainwright.data.corpus import (
 )
 from trainwright.data.dataset import TokenDataset
 from trainwright.data.encoding import Encoded, EncoderPool, Framing
+from trainwright.data.exclusive import building
 from trainwright.data.finish import finish_dataset
 from trainwright.data.manifest import SCHEMA, Manifest, read_manifest
 from trainwright.data.spec import BuildSpec, TrainTokenizer, default_workers
@@ -140,15 +139,7 @@ def _build(
 ) -> Manifest:
     if (found := _existing(out_dir, key)) is not None:
         return found
-    try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        lock = (out_dir.parent / f".{out_dir.name}.lock").open("w")
-    except OSError as error:
-        raise DataError(
-            f"{out_dir} cannot be written: {error.strerror or error}",
-            hint="choose another folder (data.cache, or the folder of `data build`)",
-        ) from error
-    with lock, _exclusively(lock, out_dir):
+    with building(out_dir):
         if (found := _existing(out_dir, key)) is not None:  # another process built it while this one waited
             return found
         partial = out_dir.parent / f".{out_dir.name}.partial"
@@ -174,22 +165,6 @@ def _existing(out_dir: Path, key: str) -> Manifest | None:
             hint="give another folder, or delete this one if it is no longer needed",
         )
     return manifest
-
-
-@contextlib.contextmanager
-def _exclusively(lock: IO[str], out_dir: Path) -> Iterator[None]:
-    """One process builds a folder at a time; others wait, then find it built. The lock ends with its process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no flock; two builds at once of one folder are the user's to avoid there
-        yield
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        emit("warning", message=f"another process is building {out_dir}; waiting for it")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    yield
 
 
 def _disk_full(corpus: Corpus, partial: Path) -> DataError:
@@ -272,13 +247,15 @@ class _Builder:
             assert isinstance(self.spec.tokenizer, TrainTokenizer)
             training = self.spec.tokenizer
             self._report("tokenizer", 0, None)
-            # every character must be seen for a character vocabulary; merges need only a sample
-            texts = training_texts(self.corpus, None if training.kind == "char" else SAMPLE_CHARACTERS)
+            # every character and word must be seen to be counted; merges need only a sample
+            merges = training.kind in ("bpe", "wordpiece")
+            texts = training_texts(self.corpus, SAMPLE_CHARACTERS if merges else None)
             tokenizer = train_tokenizer(
                 training.kind,
                 None if training.kind == "char" else training.vocab_size,
                 texts,
                 min_frequency=training.min_frequency,
+                lowercase=training.lowercase,
             )
         scratch = self.partial / "tokenizer.new"
         shutil.rmtree(scratch, ignore_errors=True)

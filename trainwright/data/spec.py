@@ -13,16 +13,20 @@ from trainwright.data.packing import MODES
 if TYPE_CHECKING:
     from trainwright.data.tokenizers import Tokenizer
 
-__all__ = ["BuildSpec", "TrainTokenizer", "ValidationSpec", "build_spec", "default_workers"]
+__all__ = ["BuildSpec", "TrainTokenizer", "ValidationSpec", "build_spec", "default_workers", "list_sources"]
 
 
 @dataclass(frozen=True)
 class TrainTokenizer:
-    """Train a tokenizer on the training text. A `char` tokenizer takes every character, whatever `vocab_size` says."""
+    """Train a tokenizer on the training text. A `char` tokenizer takes every character, whatever `vocab_size` says.
 
-    kind: Literal["bpe", "char"] = "bpe"
+    `lowercase` is for `wordpiece` and `word`: letters lose case and accents.
+    """
+
+    kind: Literal["bpe", "char", "wordpiece", "word"] = "bpe"
     vocab_size: int = 8192
     min_frequency: int = 2
+    lowercase: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,11 @@ def build_spec(data: Any, *, model_tokenizer: str | None = None) -> BuildSpec:
         spec = model_tokenizer if model_tokenizer is not None else TrainTokenizer()
     elif getattr(data.tokenizer, "train", None) is not None:
         chosen = data.tokenizer
-        if chosen.train == "bpe":
-            spec = TrainTokenizer("bpe", int(chosen.vocab_size), chosen.min_frequency)
-        else:
+        if chosen.train == "char":
             spec = TrainTokenizer("char")
+        else:
+            lowercase = chosen.train != "bpe" and chosen.lowercase
+            spec = TrainTokenizer(chosen.train, int(chosen.vocab_size), chosen.min_frequency, lowercase)
     else:
         spec = getattr(data.tokenizer, "path", None) or data.tokenizer.hf
     validation: ValidationSpec | None
@@ -117,9 +122,9 @@ def build_spec(data: Any, *, model_tokenizer: str | None = None) -> BuildSpec:
     elif getattr(data.validation, "fraction", None) is not None:
         validation = ValidationSpec(fraction=data.validation.fraction)
     else:
-        validation = ValidationSpec(sources=_sources(data.validation.source, data.text_field))
+        validation = ValidationSpec(sources=list_sources(data.validation.source, data.text_field))
     return BuildSpec(
-        sources=_sources(data.source, data.text_field),
+        sources=list_sources(data.source, data.text_field),
         tokenizer=spec,
         sequence_length=data.sequence_length,
         packing=data.packing,
@@ -131,7 +136,8 @@ def build_spec(data: Any, *, model_tokenizer: str | None = None) -> BuildSpec:
     )
 
 
-def _sources(entries: Any, text_field: str) -> tuple[SourceSpec, ...]:
+def list_sources(entries: Any, text_field: str) -> tuple[SourceSpec, ...]:
+    """The sources of a recipe's entries; `text_field` is for those that name none."""
     return tuple(
         SourceSpec(
             source=entry.source,

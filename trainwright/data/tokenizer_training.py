@@ -1,6 +1,7 @@
-"""Train tokenizers: byte-level BPE, which spells any text exactly, and character level, the simplest that works.
+"""Train tokenizers: byte-level BPE, which spells any text exactly; character level, the simplest that works; WordPiece,
+as BERT has it; and whole words, the most frequent ones.
 
-Both are deterministic: the same texts give the same tokenizer whatever the number of threads.
+All are deterministic: the same texts give the same tokenizer whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers as rust
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.data.tokenizer_core import Tokenizer
 
-__all__ = ["END_OF_TEXT", "WORD_PATTERN", "byte_level_pipeline", "train_tokenizer"]
+__all__ = ["BERT_SPECIAL", "END_OF_TEXT", "KINDS", "WORD_PATTERN", "byte_level_pipeline", "train_tokenizer"]
+
+KINDS = ("bpe", "char", "wordpiece", "word")
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+"""The special tokens of BERT (arXiv 1810.04805), in the order of its vocabularies."""
 
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -36,28 +41,34 @@ def train_tokenizer(
     texts: Iterable[str],
     *,
     special: Sequence[str] | None = None,
+    added: Sequence[str] = (),
     min_frequency: int = 2,
+    lowercase: bool = False,
 ) -> Tokenizer:
-    """A tokenizer of `kind` "bpe" or "char" learned from texts, which are read once.
+    """A tokenizer of `kind` "bpe", "char", "wordpiece" or "word" learned from texts, which are read once.
 
-    `vocab_size` counts special tokens. For "bpe" it is the target (small corpora can give fewer); for "char" it is a
-    limit, None for none: the most frequent characters stay, and the rest become `<unk>`. Pairs seen fewer than
-    `min_frequency` times are not merged ("bpe" only).
-    `special` defaults to `<|endoftext|>` for "bpe" and to `<unk>`, `<|endoftext|>` for "char"; they come first in a BPE
-    vocabulary and last in a character one. `<|endoftext|>` (else the first that is not `<unk>`) ends documents.
+    `vocab_size` counts special tokens. For "bpe" and "wordpiece" it is the target (small corpora can give fewer); for
+    "char" and "word" it is a limit, None for none: the most frequent stay, and the rest become the unknown token.
+    Pairs and words seen fewer than `min_frequency` times are not merged and not kept (not for "char").
+    `special` defaults to `<|endoftext|>` for "bpe", to `<unk>`, `<|endoftext|>` for "char", and to BERT_SPECIAL for
+    "wordpiece" and "word"; `added` are more of them. They come last in a character vocabulary, else first.
+    `<|endoftext|>` (else the first that is not `<unk>`) ends documents, where there is no BERT_SPECIAL.
+    `lowercase` is for "wordpiece" and "word": letters lose case and accents, as in BERT's uncased models.
 
     Raises ConfigError for a size that cannot hold the alphabet, DataError when there is no text.
     """
     counted = _Counted(texts)
+    usual = {"bpe": (END_OF_TEXT,), "char": (UNKNOWN, END_OF_TEXT), "wordpiece": BERT_SPECIAL, "word": BERT_SPECIAL}
+    if kind not in usual:
+        raise ConfigError(f"tokenizer kind {kind!r} is not known", hint=f"use {', '.join(KINDS)}")
+    names = list(dict.fromkeys([*(usual[kind] if special is None else special), *added]))
     if kind == "bpe":
-        names = list(special) if special is not None else [END_OF_TEXT]
         core = _train_bpe(vocab_size, counted, names, min_frequency)
     elif kind == "char":
-        names = list(special) if special is not None else [UNKNOWN, END_OF_TEXT]
         core = _train_characters(vocab_size, counted, names)
     else:
-        raise ConfigError(f"tokenizer kind {kind!r} is not known", hint="use bpe or char")
-    return Tokenizer(core, special=_roles(names))
+        core = _train_bert_style(kind, vocab_size, counted, names, min_frequency, lowercase)
+    return Tokenizer(core, special=_bert_roles(names) if kind in ("wordpiece", "word") else _roles(names))
 
 
 class _Counted:
@@ -94,7 +105,13 @@ def _roles(names: Sequence[str]) -> dict[str, str]:
             roles[role] = token
     if "pad" in roles and roles["pad"] not in usual["pad"] and "eos" in roles:
         roles["pad"] = roles["eos"]
-    return roles
+    return {**roles, **{role: token for role, token in _bert_roles(names).items() if role in ("cls", "sep", "mask")}}
+
+
+def _bert_roles(names: Sequence[str]) -> dict[str, str]:
+    """Which special token is for what, by the customs of BERT."""
+    customs = dict(zip(("pad", "unk", "cls", "sep", "mask"), BERT_SPECIAL, strict=True))
+    return {role: token for role, token in customs.items() if token in names}
 
 
 def byte_level_pipeline(core: rust.Tokenizer, pattern: str | None) -> rust.Tokenizer:
@@ -156,4 +173,41 @@ def _train_characters(vocab_size: int | None, texts: _Counted, special: list[str
     core = rust.Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN if UNKNOWN in special else None))
     core.decoder = decoders.Fuse()
     core.add_special_tokens([rust.AddedToken(token, normalized=False, special=True) for token in special])
+    return core
+
+
+def _train_bert_style(
+    kind: str, vocab_size: int | None, texts: _Counted, special: list[str], min_frequency: int, lowercase: bool
+) -> rust.Tokenizer:
+    """WordPiece or whole words, with the cleaning and cutting of BERT: at spaces, punctuation and Chinese characters.
+
+    Special tokens keep their place at the front, and a text or pair is framed as `[CLS] a [SEP] b [SEP]` where a caller
+    asks for it.
+    """
+    missing = [token for token in BERT_SPECIAL[1:4] if token not in special]
+    if missing or (vocab_size is not None and vocab_size <= len(special)):
+        need = f"the special tokens {', '.join(missing)}" if missing else f"more than {len(special)} tokens"
+        raise ConfigError(f"a {kind} tokenizer needs {need}; vocab_size is {vocab_size}, special {special}")
+    size = vocab_size if vocab_size is not None else 1 << 31
+    trainer: trainers.Trainer
+    if kind == "wordpiece":
+        core = rust.Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size, min_frequency=min_frequency, special_tokens=list(special), show_progress=False
+        )
+    else:
+        core = rust.Tokenizer(models.WordLevel(unk_token="[UNK]"))
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=size, min_frequency=min_frequency, special_tokens=list(special), show_progress=False
+        )
+    core.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece(prefix="##")
+    core.train_from_iterator(_batches(texts), trainer)
+    texts.check()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, core.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
     return core

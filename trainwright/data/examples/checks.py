@@ -1,0 +1,88 @@
+"""What must hold of built examples before anything is trained on them, and what a person should know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainwright.base.errors import DataError
+from trainwright.data.mixture import RowOrder
+
+if TYPE_CHECKING:
+    from trainwright.data.examples.dataset import ExampleDataset
+    from trainwright.data.examples.manifest import ExampleFacts, ExampleManifest
+
+__all__ = ["check_bounds", "check_trainable", "padding_share"]
+
+
+def check_bounds(manifest: ExampleManifest, max_drop: float, truncation: str) -> None:
+    """Raise DataError when a split lost more than `max_drop` of its records, or was cut where cutting is refused."""
+    for split, facts in manifest.splits.items():
+        lost = facts.dropped_records + facts.skipped_records
+        seen = facts.records + facts.skipped_records
+        if lost > max_drop * seen:
+            shown = [*facts.dropped_examples, *facts.skipped_examples][:5]
+            reasons = {**facts.dropped, **{f"unreadable: {kind}": n for kind, n in facts.skipped.items()}}
+            why = "; ".join(f"{count:,} {reason}" for reason, count in _most(reasons))
+            raise DataError(
+                f"{lost:,} of the {seen:,} {split} records ({lost / seen:.1%}) give no example, more than the "
+                f"{max_drop:.1%} of data.max_drop: {why}" + "".join(f"\n     {line}" for line in shown),
+                hint="mend these records (or raise data.sequence_length where they are too long); if they may be left "
+                f"out, set data.max_drop={min(1.0, np.ceil(100 * lost / seen) / 100):g}",
+            )
+        if truncation == "refuse" and facts.truncated:
+            raise DataError(
+                f"{facts.truncated:,} of the {facts.records:,} {split} records do not fit in "
+                f"{manifest.sequence_length} tokens ({facts.cut_tokens:,} tokens too many), and data.truncation is "
+                "refuse",
+                hint="raise data.sequence_length, shorten the records, or set data.truncation: right or left",
+            )
+
+
+def _most(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
+
+
+def check_trainable(dataset: ExampleDataset, split: str = "train") -> None:
+    """Raise DataError when nothing of a split is trained, or what must be (the end of a turn) never is."""
+    facts = dataset.facts(split)
+    if not facts.trained_tokens:
+        raise DataError(
+            f"none of the {facts.inputs:,} tokens of the {split} split is trained: every label is masked",
+            hint="see which tokens are trained with `trainwright data preview RECIPE`; answers may be missing in the "
+            "records, or cut off (raise data.sequence_length)",
+        )
+    if facts.must_train and not any(facts.must_train.values()):
+        raise DataError(
+            f"{_names(dataset, facts)} is never trained: a model of these examples would not learn to stop",
+            hint="the template must write the end of a turn inside what is trained; longer answers may have been cut "
+            "off (raise data.sequence_length). `trainwright data preview RECIPE` shows the trained tokens",
+        )
+
+
+def _names(dataset: ExampleDataset, facts: ExampleFacts) -> str:
+    tokenizer = dataset.tokenizer()
+    return " or ".join(f"{tokenizer.token(int(one))!r} (token {one})" for one in facts.must_train)
+
+
+def padding_share(
+    dataset: ExampleDataset, batch_rows: int, split: str = "train", seed: int = 0, *, batches: int = 200
+) -> float:
+    """Share of padding in the batches that training draws: an average over the first `batches` of an epoch."""
+    lengths = dataset.lengths(split)
+    count = max(1, min(batches, len(lengths) // batch_rows))
+    draws = np.arange(count * min(batch_rows, len(lengths)), dtype=np.int64)
+    drawn = lengths[RowOrder(dataset.groups(split), seed)(draws)].reshape(count, -1)
+    return 1 - float(drawn.sum()) / float(sum(_slots(dataset, drawn)))
+
+
+def _slots(dataset: ExampleDataset, drawn: Sequence[np.ndarray] | np.ndarray) -> list[int]:
+    """Slots of each batch."""
+    bound = dataset.sequence_length
+    widths = [
+        bound if dataset.static else min(-(-int(row.max()) // dataset.pad_multiple) * dataset.pad_multiple, bound)
+        for row in drawn
+    ]
+    return [width * len(row) for width, row in zip(widths, drawn, strict=True)]
