@@ -7,6 +7,7 @@ from trainwright.planner.model_facts import model_facts
 from trainwright.planner.plan import Decision, Plan, Prediction
 from trainwright.planner.resolve import resolve
 from trainwright.planner.rules import choose_vocab_size
+from trainwright.planner.tuning import TuningFacts
 
 __all__ = [
     "BatchFacts",
@@ -17,6 +18,7 @@ __all__ = [
     "ModelShape",
     "Plan",
     "Prediction",
+    "TuningFacts",
     "check_layout",
     "choose_layout",
     "choose_vocab_size",

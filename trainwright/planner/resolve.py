@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from trainwright.base.units import Duration
 from trainwright.config import Recipe
@@ -14,13 +14,19 @@ from trainwright.planner.facts import DataFacts, MachineFacts, ModelFacts
 from trainwright.planner.ledger import AUTO, Budget, Ledger
 from trainwright.planner.memory_fit import refuse_before_allocating
 from trainwright.planner.plan import Decision, Plan, Prediction
+from trainwright.planner.tuning import TuningFacts
 from trainwright.planner.wire import wire_bytes
 
 __all__ = ["resolve"]
 
 
-def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: ModelFacts) -> Plan:
+def resolve(
+    recipe: Recipe, machine: MachineFacts, data: DataFacts, model: ModelFacts, tuning: TuningFacts | None = None
+) -> Plan:
     """Turn every "auto" of `recipe` into a value with a reason.
+
+    Args:
+        tuning: what the model starts from and learns; None is a language model from scratch.
 
     Raises:
         ConfigError: sizes that do not divide, or a budget that trains nothing.
@@ -28,13 +34,16 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
     """
     ledger = Ledger()
     train = recipe.train
+    tuning = tuning or TuningFacts()
     precision = ledger.settle("precision", recipe.precision.name, lambda: rules.choose_precision(machine))
     dtype = "fp32" if precision == "fp32" else "bf16"
     ledger.settle("train.threads", train.threads, lambda: (machine.cores, "all usable cores"))
     ledger.settle("train.deterministic", train.deterministic, lambda: rules.choose_deterministic(machine))
 
+    # Computing goes by positions, budgets and losses by what is trained.
+    model = replace(model, flops_per_token=model.flops_per_token * data.computed_per_trained)
     eager = machine.ranks * predict_tokens_per_second(model, machine, dtype=dtype, compiled=False)
-    budget = _token_budget(recipe, model, machine, data, dtype, eager)
+    budget = _token_budget(recipe, model, machine, data, dtype, eager, tuning)
     divided = divide(Question(recipe, machine, data, model, precision, budget))
     ledger.decisions.extend(divided.ledger.decisions)
     layout, batch, steps, memory = divided.layout, divided.batch, divided.steps, divided.memory
@@ -46,9 +55,12 @@ def resolve(recipe: Recipe, machine: MachineFacts, data: DataFacts, model: Model
     ledger.settle(
         "optim.lr",
         recipe.optim.lr,
-        lambda: rules.choose_learning_rate(model, tokens, optimizer=_update_kind(recipe)),
+        lambda: rules.choose_learning_rate(
+            model, tokens, optimizer=_update_kind(recipe), tuning=tuning, records=data.records
+        ),
     )
-    _settle_schedule(ledger, recipe, steps)
+    ledger.settle("optim.weight_decay", recipe.optim.weight_decay, lambda: rules.choose_weight_decay(tuning))
+    _settle_schedule(ledger, recipe, steps, tuning)
     _settle_evaluation(ledger, recipe, data, steps, tokens)
 
     refuse_before_allocating(memory, divided.limits, divided.others())
@@ -83,7 +95,13 @@ def _update_kind(recipe: Recipe) -> str:
 
 
 def _token_budget(
-    recipe: Recipe, model: ModelFacts, machine: MachineFacts, data: DataFacts, dtype: str, eager: float
+    recipe: Recipe,
+    model: ModelFacts,
+    machine: MachineFacts,
+    data: DataFacts,
+    dtype: str,
+    eager: float,
+    tuning: TuningFacts,
 ) -> Budget:
     train = recipe.train
     if train.steps is not None:
@@ -100,16 +118,21 @@ def _token_budget(
         )
         rate = machine.ranks * predict_tokens_per_second(model, machine, dtype=dtype, compiled=compiled)
         return Budget(max(1, round(seconds * rate)), f"{train.time} at a predicted {rate:,.0f} tokens/s")
+    if train.tokens in (None, AUTO) and data.records:
+        epochs, reason = rules.choose_epochs(tuning)
+        return Budget(
+            round(int(epochs) * data.train_tokens), f"{epochs} epochs, {reason}; {data.train_tokens:,} trained"
+        )
     if train.tokens in (None, AUTO):
         tokens, reason = rules.choose_tokens(model, data)
         return Budget(int(tokens), reason)
     return Budget(int(train.tokens), f"{train.tokens} tokens")
 
 
-def _settle_schedule(ledger: Ledger, recipe: Recipe, steps: int) -> None:
+def _settle_schedule(ledger: Ledger, recipe: Recipe, steps: int, tuning: TuningFacts) -> None:
     schedule = recipe.optim.schedule
     if schedule.warmup == AUTO:
-        warmup, reason = rules.choose_warmup(steps)
+        warmup, reason = rules.choose_warmup(steps, tuning)
         ledger.decisions.append(Decision("optim.schedule.warmup", f"{warmup} steps", reason))
 
 

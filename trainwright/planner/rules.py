@@ -12,12 +12,14 @@ from trainwright.parallel.pipeline.rules import pipeline_problems
 from trainwright.planner.cost import predict_memory
 from trainwright.planner.division import Division
 from trainwright.planner.facts import DataFacts, MachineFacts, ModelFacts
+from trainwright.planner.tuning import TuningFacts
 
 __all__ = [
     "Choice",
     "choose_batch_tokens",
     "choose_compile",
     "choose_deterministic",
+    "choose_epochs",
     "choose_evaluation",
     "choose_evaluation_rows",
     "choose_learning_rate",
@@ -27,6 +29,7 @@ __all__ = [
     "choose_tokens",
     "choose_vocab_size",
     "choose_warmup",
+    "choose_weight_decay",
 ]
 
 Choice = tuple[int | float | str | bool, str]
@@ -39,6 +42,8 @@ COMPILE_SECONDS = 45  # measured: forward and backward of one llama block on 2 C
 CPU_MICRO_BATCH_TOKENS = 4096  # measured on 2 cores: larger micro-batches gain nothing and fall out of the cache
 CUDA_MICRO_BATCH_TOKENS = 32768
 MICRO_BATCHES_PER_STAGE = 4  # (p - 1) / (4 p + p - 1) < 1/5 of the time is waited in 1F1B
+TUNING_ROWS = (8, 32)  # examples of one step: what BERT and SFT recipes use
+RECORDS_LIMIT = 1e-3  # a step over a few examples is noisier than one of a language model
 MEMORY_SHARE = 0.7  # of what is free after weights, gradients and optimizer state
 
 
@@ -70,6 +75,13 @@ def choose_tokens(model: ModelFacts, data: DataFacts) -> Choice:
     )
 
 
+def choose_epochs(tuning: TuningFacts) -> Choice:
+    """Passes over examples: 3 for a pretrained model, 10 from scratch."""
+    if tuning.pretrained:
+        return 3, "usual for fine-tuning (BERT, arXiv 1810.04805)"
+    return 10, "a model from scratch needs more than the 3 of a pretrained one"
+
+
 def _compute(model: ModelFacts, tokens: int) -> float:
     return max(model.flops_per_token * tokens, 1e9)
 
@@ -81,6 +93,8 @@ def choose_batch_tokens(model: ModelFacts, data: DataFacts, tokens: int, *, rank
         ranks: those with rows of their own, which all get equally many.
         stages: of a pipeline, each of which needs a micro-batch to work on.
     """
+    if data.records:
+        return _batch_of_examples(data, tokens, ranks=ranks, stages=stages)
     law = 0.2920 * _compute(model, tokens) ** 0.3271
     rows = max(1, round(min(law, tokens / MIN_STEPS) / data.sequence_length))
     rows = min(_round_to_even_split(rows), max(1, data.train_rows))
@@ -92,6 +106,16 @@ def choose_batch_tokens(model: ModelFacts, data: DataFacts, tokens: int, *, rank
     shared = f", {rows // ranks} for each of {ranks} processes" if ranks > 1 else ""
     shared += f", a multiple of the pipeline's {stages} micro-batches" if stages > 1 else ""
     return rows * data.sequence_length, f"{reason}; {rows} rows of {data.sequence_length}{shared}"
+
+
+def _batch_of_examples(data: DataFacts, tokens: int, *, ranks: int, stages: int) -> Choice:
+    """As many examples as leave the run 200 steps, from 8 to 32."""
+    least, most = TUNING_ROWS
+    shown = tokens / data.trained_per_row
+    rows = min(max(_round_to_even_split(round(shown / MIN_STEPS)), least), most, max(1, data.train_rows))
+    each = ranks * stages
+    rows = max(1, round(rows / each)) * each
+    return rows * data.sequence_length, f"{rows} rows: {MIN_STEPS} steps if {least} to {most} rows make so many"
 
 
 def _round_to_even_split(rows: int) -> int:
@@ -166,30 +190,50 @@ def _for_a_pipeline(
     return rows, f"{batch_rows} rows in {passes} micro-batches, with which {division.stages} stages work"
 
 
-def choose_learning_rate(model: ModelFacts, tokens: int, *, optimizer: str) -> Choice:
-    """eta = 0.3118 C^-0.125 for AdamW, capped at 0.004; other optimizers by their usual ratio to it."""
+def choose_learning_rate(
+    model: ModelFacts, tokens: int, *, optimizer: str, tuning: TuningFacts | None = None, records: bool = False
+) -> Choice:
+    """From scratch eta = 0.3118 C^-0.125 for AdamW, at most 0.004 (0.001 for examples); a tenth of it where a language
+    model goes on learning from text; what is usual for fine-tuning (`TuningFacts`) where a pretrained one learns a
+    task. Other optimizers by their usual ratio to it.
+    """
+    tuning = tuning or TuningFacts()
+    limit = RECORDS_LIMIT if records else 4e-3
     law = 0.3118 * _compute(model, tokens) ** -0.1250
-    adamw = min(law, 4e-3)
-    note = f"0.3118 C^-0.125 = {law:.2e} (arXiv 2401.02954)" + (", capped at 0.004" if law > 4e-3 else "")
+    adamw = min(law, limit)
+    note = f"0.3118 C^-0.125 = {law:.2e} (arXiv 2401.02954)" + (f", capped at {limit:g}" if law > limit else "")
+    if tuning.pretrained and tuning.task == "causal_lm" and not tuning.adapter:
+        adamw, note = adamw / 10, f"a tenth of what it would be from scratch, to forget little; {note}"
+    elif tuning.pretrained:
+        adamw, note = tuning.learning_rate(model.width)
     if optimizer == "adamw":
         return _two_digits(adamw), note
     if optimizer == "lion":
         return _two_digits(adamw / 5), f"a fifth of AdamW's (arXiv 2302.06675 advises 3-10x less); {note}"
     if optimizer == "muon":
         return _two_digits(adamw), f"AdamW's, whose update size Muon's is matched to (arXiv 2502.16982); {note}"
-    if optimizer == "muon_original":
-        return 0.02, "the update has unit spectral norm, for which 0.02 is usual (Muon's authors)"
-    if optimizer == "sgd":
-        return 0.1, "usual for SGD with momentum"
-    return 0.01, "Adafactor's relative step at its usual size (arXiv 1804.04235)"
+    usual, why = {
+        "muon_original": (0.02, "the update has unit spectral norm, for which 0.02 is usual (Muon's authors)"),
+        "sgd": (0.1, "usual for SGD with momentum"),
+    }.get(optimizer, (0.01, "Adafactor's relative step at its usual size (arXiv 1804.04235)"))
+    return (usual / 10, f"a tenth, for a pretrained model: {why}") if tuning.pretrained else (usual, why)
+
+
+def choose_weight_decay(tuning: TuningFacts) -> Choice:
+    """0.1 from scratch, 0.01 for a pretrained model."""
+    if tuning.pretrained:
+        return 0.01, "usual for a pretrained model (BERT, RoBERTa)"
+    return 0.1, "usual for a model from scratch (GPT-3, arXiv 2005.14165)"
 
 
 def _two_digits(value: float) -> float:
     return float(f"{value:.1e}")
 
 
-def choose_warmup(steps: int) -> Choice:
-    """5 % of the run, at most 1,000 steps."""
+def choose_warmup(steps: int, tuning: TuningFacts | None = None) -> Choice:
+    """5 % of the run, at most 1,000 steps; 6 % for a pretrained model."""
+    if tuning is not None and tuning.pretrained:
+        return max(1, round(0.06 * steps)), "6 % of the run (RoBERTa, arXiv 1907.11692)"
     warmup = min(max(1, round(0.05 * steps)), 1000)
     return warmup, "5 % of the run, at most 1,000 steps"
 
@@ -218,9 +262,13 @@ def choose_evaluation(steps: int) -> Choice:
 
 
 def choose_evaluation_rows(data: DataFacts, *, tokens: int, evaluations: int) -> Choice:
-    """All validation rows when that costs under 10 % of the run's compute (a forward pass is a third), else fewer."""
-    budget_tokens = 0.1 * tokens * 3 / max(evaluations, 1)
-    rows = max(1, int(budget_tokens / data.sequence_length))
+    """All validation rows when that costs under 10 % of the run's compute (a forward pass is a third), else fewer.
+
+    Examples may cost 25 %: metrics of few of them waver.
+    """
+    share = 0.25 if data.records else 0.1
+    budget_tokens = share * tokens * 3 / max(evaluations, 1)
+    rows = max(1, int(budget_tokens / (data.trained_per_row if data.records else data.sequence_length)))
     if rows >= data.validation_rows:
-        return "all", "the whole validation split costs under 10 % of the run"
-    return rows * data.sequence_length, f"{rows} of {data.validation_rows} rows: 10 % of the run's compute"
+        return "all", f"the whole validation split costs under {share:.0%} of the run"
+    return rows * data.sequence_length, f"{rows} of {data.validation_rows} rows: {share:.0%} of the run's compute"

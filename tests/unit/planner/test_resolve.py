@@ -52,6 +52,7 @@ def test_every_auto_of_a_bare_recipe_is_settled_and_the_result_loads() -> None:
     assert set(left) <= {
         "data.validation",
         "data.workers",
+        "data.format",
         "data.document_mask",
         "data.append_eos",
         "monitor.console",
@@ -60,6 +61,8 @@ def test_every_auto_of_a_bare_recipe_is_settled_and_the_result_loads() -> None:
         # What follows from the ranks and their devices is settled where these are known.
         *("parallel.zero", "parallel.shard", "parallel.accumulate", "parallel.gather"),
         "memory.recompute",
+        # What follows from the task's metric.
+        *("checkpoint.keep_best", "train.export"),
         *("comm.backend", "comm.wire", "launch.processes"),
     }
     assert resolved.recipe.train.steps == plan.steps
