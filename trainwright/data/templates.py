@@ -1,4 +1,4 @@
-"""Chat templates: messages become the text that a model was trained on, and common rows become messages.
+"""Chat templates: messages become the text that a model was trained on.
 
 The dialect is the one of `transformers` (Jinja with trim_blocks and lstrip_blocks, `tojson`, `raise_exception`,
 `strftime_now`, loop controls), so a template gives the same text here and there.
@@ -13,9 +13,10 @@ from typing import Any
 import jinja2
 
 from trainwright.base.errors import DataError
+from trainwright.data.records.chat import messages_of
 from trainwright.data.template_sandbox import ChatEnvironment, budget, check_total
 
-__all__ = ["CHATML_TEMPLATE", "messages_of", "render_chat", "row_renderer"]
+__all__ = ["CHATML_TEMPLATE", "render_chat", "row_renderer"]
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
@@ -26,25 +27,14 @@ CHATML_TEMPLATE = (
 """ChatML, for tokenizers that bring no template of their own."""
 
 MAX_TEMPLATE = 200_000  # characters; the longest published templates have about 20,000
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
 
 
 @lru_cache(maxsize=64)
-def _compiled(template: str) -> jinja2.Template:
+def _compiled(template: str, generation_marks: tuple[str, str] | None = None) -> jinja2.Template:
     if len(template) > MAX_TEMPLATE:
         raise DataError(f"the chat template has {len(template):,} characters; the limit is {MAX_TEMPLATE:,}")
     try:
-        return ChatEnvironment().from_string(template)
+        return ChatEnvironment(generation_marks).from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
@@ -61,9 +51,11 @@ def render_chat(
     add_generation_prompt: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
+    generation_marks: tuple[str, str] | None = None,
     **variables: Any,
 ) -> str:
-    """Render messages by a Jinja template. `tools` are JSON schemas; `variables` are bos_token, eos_token and the like.
+    """Render messages by a Jinja template. `tools` are JSON schemas; `variables` are bos_token, eos_token and the like;
+    `generation_marks` are written around what the template's `{% generation %}` tags enclose.
 
     Raises DataError when the template is malformed, refuses the messages, tries what the sandbox forbids, or takes more
     time or text than a conversation needs.
@@ -72,7 +64,7 @@ def render_chat(
     pieces: list[str] = []
     length = 0
     try:
-        compiled = _compiled(template)
+        compiled = _compiled(template, generation_marks)
         with budget():
             for piece in compiled.generate(
                 messages=_plain(messages),
@@ -118,53 +110,6 @@ def _plain(value: Any) -> Any:
         f"a chat holds a value of type {type(value).__name__}; expected text, numbers, lists and objects",
         hint="pass messages as JSON values",
     )
-
-
-def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The messages of a chat-like row, None when it is none.
-
-    Known shapes: `messages` (role, content), ShareGPT `conversations` (from, value), Alpaca (instruction, input,
-    output; also system and history) and pairs (prompt or question or instruction, with response, completion or answer).
-    """
-    chat = row.get("messages") or row.get("conversations")
-    if isinstance(chat, list) and chat and all(isinstance(item, Mapping) for item in chat):
-        return _chat_messages(chat, row)
-    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-        return _alpaca_messages(row)
-    for question in ("prompt", "question", "instruction"):
-        for answer in ("response", "completion", "answer"):
-            if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
-                return [_message("user", row[question]), _message("assistant", row[answer])]
-    return None
-
-
-def _message(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-def _chat_messages(chat: list[Mapping[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    messages: list[dict[str, Any]] = []
-    if isinstance(row.get("system"), str) and row["system"]:
-        messages.append(_message("system", row["system"]))
-    for item in chat:
-        if "role" in item:
-            messages.append(dict(item))
-        elif isinstance(item.get("from"), str) and isinstance(item.get("value"), str):
-            messages.append(_message(_SHAREGPT_ROLES.get(item["from"], item["from"]), item["value"]))
-        else:
-            return None
-    return messages
-
-
-def _alpaca_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if isinstance(row.get("system"), str) and row["system"]:
-        messages.append(_message("system", row["system"]))
-    for turn in row.get("history") or ():
-        messages += [_message("user", turn[0]), _message("assistant", turn[1])]
-    extra = row.get("input")
-    prompt = f"{row['instruction']}\n{extra}" if isinstance(extra, str) and extra else row["instruction"]
-    return [*messages, _message("user", prompt), _message("assistant", row["output"])]
 
 
 def row_renderer(template: str = CHATML_TEMPLATE, **variables: Any) -> Callable[[Mapping[str, Any]], str | None]:

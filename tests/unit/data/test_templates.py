@@ -11,7 +11,8 @@ import pytest
 
 from trainwright.base.errors import DataError, TrainwrightError
 from trainwright.data import template_sandbox
-from trainwright.data.templates import CHATML_TEMPLATE, messages_of, render_chat, row_renderer
+from trainwright.data.records.chat import messages_of
+from trainwright.data.templates import CHATML_TEMPLATE, render_chat, row_renderer
 from trainwright.data.tokenizers import Tokenizer, train_tokenizer
 
 CHAT = [

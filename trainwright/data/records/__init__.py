@@ -1,1 +1,18 @@
 """Records: the one shape of every task's data, whatever format it is written in."""
+
+from trainwright.data.records.formats import CONTAINERS, FORMATS
+from trainwright.data.records.reading import detect_format, read_records
+from trainwright.data.records.record import REPAIRS, SHAPES, TASK_SHAPES, Record, Shape, dropped_records
+
+__all__ = [
+    "CONTAINERS",
+    "FORMATS",
+    "REPAIRS",
+    "SHAPES",
+    "TASK_SHAPES",
+    "Record",
+    "Shape",
+    "detect_format",
+    "dropped_records",
+    "read_records",
+]
