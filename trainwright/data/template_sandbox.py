@@ -176,23 +176,33 @@ def _refuse_private(name: object) -> None:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the assistant wrote; as text it is just its content."""
+    """`{% generation %} ... {% endgeneration %}` marks what the assistant wrote; as text it is just its content, with
+    the environment's two marks around it where it has some."""
 
     tags = {"generation"}  # noqa: RUF012 - the type that Jinja declares
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        marks = cast("ChatEnvironment", self.environment).generation_marks
+        if marks is not None:
+            first, last = (nodes.Output([nodes.TemplateData(mark)]) for mark in marks)
+            body = [first, *body, last]
         return nodes.Scope(body).set_lineno(line)
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """The dialect of `transformers` chat templates, with limits. Render inside `budget()`."""
+    """The dialect of `transformers` chat templates, with limits. Render inside `budget()`.
+
+    Args:
+        generation_marks: texts that are written before and after what stands in `{% generation %}` tags.
+    """
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
     concat = staticmethod(_join_pieces)
 
-    def __init__(self) -> None:
+    def __init__(self, generation_marks: tuple[str, str] | None = None) -> None:
+        self.generation_marks = generation_marks
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
         self.filters["tojson"] = _to_json
         for name, function in list(self.filters.items()):

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from trainwright.tasks.classification import ClassificationDefinition
+from trainwright.tasks.sft import SFTDefinition
 from trainwright.tasks.task import TaskDefinition
 
 __all__ = ["DEFINITIONS"]
 
-DEFINITIONS: dict[str, Callable[[Any, int], TaskDefinition]] = {}
+DEFINITIONS: dict[str, Callable[[Any, int], TaskDefinition]] = {
+    "classification": ClassificationDefinition,
+}
 """Name to (section of the recipe, longest example in tokens) -> definition, for every task that is made of records."""

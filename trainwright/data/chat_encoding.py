@@ -1,0 +1,236 @@
+"""Chats as token ids, with a mask of what the assistant writes: one rendering, one tokenisation, offsets.
+
+A token is trained when it holds any character that the assistant writes. Where tokens can reach over the border of
+prompt and answer (`: ` and `Hello` become `:` and ` Hello`), the end of the prompt belongs to the answer: it is trained,
+and prompts of serving stop before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainwright.base.errors import DataError
+from trainwright.data.chat_spans import ChatRenderer, Rendering, Turn, plain_messages
+from trainwright.data.chat_templates import special_variables, with_template
+from trainwright.data.tokenizer_core import Tokenizer
+
+__all__ = ["ChatFormat", "EncodedChat", "TokenOffsets", "encode_offsets"]
+
+TrainOn = Literal["assistant", "last", "all"]
+
+# How answers begin, for finding tokens that reach over the border of the prompt.
+_ANSWERS = ("A", "The", "I", "H", "a", "1", "中", "你", "这", '"', "#", "<", "{", "-", "*")
+
+
+@dataclass(frozen=True)
+class TokenOffsets:
+    """Token ids of a text, and the characters [start, end) that each stands for. All [tokens], int64."""
+
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def inside(self, start: int, end: int) -> NDArray[np.bool_]:
+        """Tokens that hold a character of [start, end), bool [tokens]."""
+        touching: NDArray[np.bool_] = (self.ends > start) & (self.starts < end) & (self.ends > self.starts)
+        return touching
+
+
+def encode_offsets(tokenizer: Tokenizer, text: str) -> TokenOffsets:
+    """Ids and offsets of one text whose special tokens are read as such; nothing is added around it.
+
+    Raises DataError for text without a UTF-8 form and for characters that the alphabet cannot spell.
+    """
+    ids, places = tokenizer.encode_with_offsets(text)
+    offsets = np.array(places, dtype=np.int64).reshape(-1, 2)
+    return TokenOffsets(np.array(ids, dtype=np.int64), offsets[:, 0], offsets[:, 1])
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A chat as tokens.
+
+    Attributes:
+        ids: [tokens] int64.
+        trained: [tokens] bool, what the assistant writes and learns.
+        rewritten: assistant messages that the template shows without a part of their content (old thoughts); they are
+            not trained, since the model would learn to answer without it.
+    """
+
+    ids: NDArray[np.int64]
+    trained: NDArray[np.bool_]
+    rewritten: int = 0
+
+
+class ChatFormat:
+    """How chats become tokens for one model: its tokenizer and the one template of training and serving.
+
+    Args:
+        template: "auto" (the tokenizer's own, else ChatML), a built-in name, a file, or Jinja text.
+        system: a system message for chats that bring none.
+
+    Attributes:
+        tokenizer: the tokenizer with that template as its own; save this one.
+        end_ids: tokens that end the assistant's last message; must be learnt, or the model never stops.
+        stop_ids: all tokens at which a written answer ends.
+
+    Raises:
+        DataError: the template writes no end of turn that is a token of this tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str = "auto", *, system: str | None = None) -> None:
+        self.tokenizer = with_template(tokenizer, template)
+        source = self.tokenizer.chat_template
+        assert source is not None, "with_template always sets one"
+        self.renderer = ChatRenderer(source, special_variables(tokenizer))
+        self.system = system
+        added = tokenizer.core.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        reserved = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
+        self._reserved = re.compile("|".join(map(re.escape, reserved)) or r"(?!)")
+        self.end_ids = (self._end_of_turn(turns=1),)
+        later = self._end_of_turn(turns=2)
+        eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self.stop_ids = tuple(dict.fromkeys((*self.end_ids, later, *eos)))
+        self._overhang = self._measure_overhang()
+
+    # ---- to tokens
+
+    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as the template gets them, the system message added where there is none.
+
+        Raises DataError for a malformed message.
+        """
+        plain = plain_messages(messages)
+        if self.system is not None and not any(message["role"] == "system" for message in plain):
+            plain.insert(0, {"role": "system", "content": self.system})
+        return plain
+
+    def reserved(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        """A special token that somebody wrote in a message: it would be read as the template's own. None without."""
+        for message in messages:
+            match = self._reserved.search(message["content"])
+            if match is not None:
+                return match[0]
+        return None
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        train_on: TrainOn = "assistant",
+    ) -> EncodedChat:
+        """Tokens of `self.messages(...)` and which of them are trained: all of the assistant's, or those of its last
+        message, or all. A message with "weight": 0 is not trained.
+
+        Raises DataError where the template refuses the messages or hides what the assistant wrote.
+        """
+        rendering = self.renderer.render(messages, tools)
+        tokens = encode_offsets(self.tokenizer, rendering.text)
+        if train_on == "all":
+            return EncodedChat(tokens.ids, np.ones(len(tokens.ids), dtype=np.bool_))
+        trained = np.zeros(len(tokens.ids), dtype=np.bool_)
+        turns = rendering.turns[-1:] if train_on == "last" else rendering.turns
+        for turn in turns:
+            if turn.whole and messages[turn.message].get("weight", 1) != 0:
+                trained |= self._of_turn(rendering, tokens, turn)
+        return EncodedChat(tokens.ids, trained, sum(not turn.whole for turn in turns))
+
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids from which the model goes on as the assistant: what stands before its first trained token in training."""
+        text = self.renderer.text(messages, tools, add_generation_prompt=True)
+        tokens = encode_offsets(self.tokenizer, text)
+        return [int(i) for i in tokens.ids[tokens.ends <= len(text) - self._overhang]]
+
+    def said(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The assistant's last message as the template writes it, tool calls included, without the end of its turn."""
+        encoded = self.encode(messages, tools, train_on="last")
+        ids = [int(i) for i in encoded.ids[encoded.trained] if int(i) not in self.stop_ids]
+        return self.tokenizer.decode(ids).strip()
+
+    # ---- ends of turns
+
+    def _of_turn(self, rendering: Rendering, tokens: TokenOffsets, turn: Turn) -> NDArray[np.bool_]:
+        """Tokens of a turn and the one that ends it."""
+        start, end = turn.start - self._overhang, turn.end
+        if end is None:
+            first = int(np.searchsorted(tokens.starts, turn.start))
+            ends = np.flatnonzero(np.isin(tokens.ids[first:], self.stop_ids))
+            if not len(ends):
+                raise DataError(
+                    f"message {turn.message + 1} (assistant) is not ended by any of the tokens {self._names()}",
+                    hint="choose a template that ends every message of the assistant",
+                )
+            return tokens.inside(start, int(tokens.ends[first + ends[0]]))
+        trained = tokens.inside(start, end)
+        closing = self._closing(rendering.text, tokens, turn.start, end)
+        if closing is not None:
+            trained[int(np.searchsorted(tokens.starts, end)) : closing + 1] = True
+        return trained
+
+    def _closing(self, text: str, tokens: TokenOffsets, start: int, end: int) -> int | None:
+        """Number of the token that ends what the assistant writes in characters [start, end): the last one, where it is
+        a special token (tags may enclose it), else an added one with nothing but white space before it."""
+        for number in reversed(np.flatnonzero(tokens.inside(start, end))):
+            if int(tokens.ids[number]) in self.tokenizer.special_ids:
+                return int(number)
+            if text[tokens.starts[number] : tokens.ends[number]].strip():
+                break
+        for number in range(int(np.searchsorted(tokens.starts, end)), len(tokens.ids)):
+            if int(tokens.ids[number]) in self._added:
+                return number
+            if text[tokens.starts[number] : tokens.ends[number]].strip():
+                break
+        return None
+
+    def _end_of_turn(self, turns: int) -> int:
+        """The token that ends the assistant's first message in a conversation of so many turns."""
+        messages = [message for _ in range(turns) for message in (*_question(), {"role": "assistant", "content": "A"})]
+        rendering = self.renderer.render(messages)
+        turn = next(iter(rendering.turns), None)
+        if turn is None or turn.end is None:
+            raise DataError("the chat template does not write out what the assistant says", hint="choose another")
+        tokens = encode_offsets(self.tokenizer, rendering.text)
+        closing = self._closing(rendering.text, tokens, turn.start, turn.end)
+        if closing is None:
+            seen = rendering.text[turn.end : turn.end + 40]
+            raise DataError(
+                f"the chat template writes {seen!r} behind the assistant's message, where no special token of this "
+                "tokenizer stands: the model could never learn to stop",
+                hint="choose a template that ends messages with eos_token, such as task.template=plain or zephyr, or "
+                "let the recipe train the tokenizer (data.tokenizer), which then gets the template's tokens",
+            )
+        return int(tokens.ids[closing])
+
+    def _names(self) -> str:
+        return ", ".join(str(self.tokenizer.token(i)) for i in self.stop_ids)
+
+    # ---- the border of the prompt
+
+    def _measure_overhang(self) -> int:
+        """Characters at the end of the generation prompt that can be one token with the beginning of an answer: they
+        are left to the model, in training and in serving (`assistant: ` and `Hello` may become `:` and ` Hello`)."""
+        prompt = self.renderer.text(_question(), add_generation_prompt=True)
+        tokens = encode_offsets(self.tokenizer, prompt)
+        stable = len(tokens.ids)
+        for answer in _ANSWERS:
+            whole = self.renderer.text([*_question(), {"role": "assistant", "content": answer}])
+            if not whole.startswith(prompt):
+                continue  # the template writes something else for answers; the prompt is a text of its own
+            ids = encode_offsets(self.tokenizer, whole).ids[: len(tokens.ids)]
+            same = tokens.ids[: len(ids)] == ids
+            stable = min(stable, len(ids) if same.all() else int(np.argmin(same)))
+        return len(prompt) - (int(tokens.ends[stable - 1]) if stable else 0)
+
+
+def _question() -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "."}]
