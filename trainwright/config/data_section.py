@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from trainwright.base.units import Count
-from trainwright.config.fields import Auto, Name, Real, Truth, Unit, Whole, Words
+from trainwright.config.fields import Auto, Listed, Name, Real, Truth, Unit, Whole, Words
 from trainwright.config.section import Section, variant_tag
 
 __all__ = [
@@ -217,6 +217,14 @@ class DataSection(Section):
     """Format of the records, for tasks made of records; auto looks at the files."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Expected name of a field: its name in the files (text: review, label: stars), for tasks made of records."""
+    encoding: Annotated[str, Name(what_it_is="the name of a text encoding")] = "utf-8"
+    """Of text files with records (latin-1, gb18030), for tasks made of records."""
+    separator: Annotated[str | None, Name((None,))] = None
+    """What stands between two labels of one field, where labels are lists written as text; null where they are not."""
+    names: Annotated[tuple[str, ...], Listed(Name(), empty=True)] = ()
+    """Names of the labels or tags that the files write as numbers from 0."""
+    scheme: Annotated[str, Name(("auto",), what_it_is="a scheme of tags (iob1, iob2, bioes, bmes, io, words)")] = "auto"
+    """How the files mark entities on words; auto finds it over each file."""
     max_drop: Annotated[float, Real(minimum=0, maximum=1)] = 0.05
     """Largest share of the records that may give no example; more is an error. For tasks made of records."""
     truncation: Annotated[Literal["right", "left", "refuse"], Words(("right", "left", "refuse"))] = "right"
@@ -228,6 +236,8 @@ class DataSection(Section):
     packing: Annotated[Literal["concat", "best_fit", "pad"], Words(("concat", "best_fit", "pad"))] = "concat"
     """concat cuts one long stream; best_fit fills rows with whole documents; pad gives each document its own row.
     For tasks made of records concat is pad."""
+    group_by_length: Annotated[bool, Truth()] = False
+    """Rows of similar length stand in the same batch, which leaves less padding. For tasks made of records."""
     document_mask: Annotated[bool | Auto, Truth(("auto",))] = "auto"
     """Documents that share a row do not see each other; auto is true unless packing is concat."""
     append_eos: Annotated[bool | Auto, Truth(("auto",))] = "auto"

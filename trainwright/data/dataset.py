@@ -123,6 +123,14 @@ class TokenDataset:
         place, start, inputs = self._pieces(split, wanted)
         return self._assemble(split, wanted.size, place, start, inputs)
 
+    def lengths(self, split: str = "train") -> NDArray[np.int64]:
+        """Slots of every row, all alike: int64 [rows]."""
+        return np.full(self.rows(split), self.sequence_length, dtype=np.int64)
+
+    def blank(self, batch: Arrays, first: int) -> None:
+        """Make the rows of a batch from `first` on untrained, in place."""
+        batch["labels"][first:] = IGNORE
+
     def _pieces(
         self, split: str, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -4,6 +4,9 @@ Draw k of a run is row `order(k)`, a pure function of (dataset, seed, k). Step s
 rank r of W the r-th W-th of them. So every world size that divides B sees the same rows in the same step, a resume
 needs one number (rows consumed), and there is no shuffle buffer to lose. The last batch of an epoch runs over into
 the next one.
+
+What differs from epoch to epoch (which tokens are masked, say) is a `transform` of a batch and its draw numbers: as
+pure as the rows are.
 """
 
 from __future__ import annotations
@@ -12,25 +15,46 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.faults import fault_point
-from trainwright.data.dataset import IGNORE, TokenDataset
-from trainwright.data.mixture import RowOrder
+from trainwright.data.length_order import LengthOrder
+from trainwright.data.mixture import RowGroup, RowOrder
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Batch", "Loader", "evaluation_batches", "evaluation_rows"]
+__all__ = ["Arrays", "Batch", "Loader", "Rows", "Transform", "evaluation_batches", "evaluation_rows"]
 
 Batch = dict[str, "torch.Tensor"]
+Arrays = dict[str, NDArray[Any]]
+Transform = Callable[[Arrays, NDArray[np.int64]], Arrays]
+"""(arrays of a batch, global number of the draw of each row) -> arrays. Pure; in evaluation the draw is the row."""
 
 STATE_SCHEMA = 1
+
+
+class Rows(Protocol):
+    """What is asked of a dataset: `TokenDataset` and `ExampleDataset` have it."""
+
+    fingerprint: str
+    folder: Path
+
+    def rows(self, split: str = "train") -> int: ...
+
+    def groups(self, split: str = "train") -> tuple[RowGroup, ...]: ...
+
+    def lengths(self, split: str = "train") -> NDArray[np.int64]: ...
+
+    def batch(self, split: str, rows: NDArray[np.integer]) -> Arrays: ...
+
+    def blank(self, batch: Arrays, first: int) -> None: ...
 
 
 class Loader:
@@ -40,6 +64,8 @@ class Loader:
         batch_rows: rows of a global batch (over all ranks, before gradient accumulation divides it).
         seed: chooses the order of rows.
         prefetch: batches assembled ahead, by one thread; 0 assembles each when it is asked for.
+        transform: changes batches on their way; see `Transform`.
+        group_by_length: rows of similar length stand in the same batch, which leaves less padding.
 
     Raises:
         ConfigError: `batch_rows` is not divisible by `world`.
@@ -51,7 +77,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Rows,
         batch_rows: int,
         seed: int = 0,
         rank: int = 0,
@@ -60,6 +86,8 @@ class Loader:
         split: str = "train",
         prefetch: int = 4,
         pin_memory: bool = False,
+        transform: Transform | None = None,
+        group_by_length: bool = False,
     ) -> None:
         if batch_rows < 1 or world < 1 or not 0 <= rank < world:
             raise ConfigError(f"no batch of {batch_rows} rows for rank {rank} of {world}")
@@ -77,11 +105,15 @@ class Loader:
         self.split = split
         self.waited = 0.0
         self.rows_consumed = 0
-        self._source = _Source(
-            dataset, split, RowOrder(dataset.groups(split), seed), batch_rows, rank, world, pin_memory
-        )
+        self.group_by_length = group_by_length
+        order = self._order(batch_rows)
+        self._source = _Source(dataset, split, order, batch_rows, rank, world, pin_memory, transform)
         self._prefetch = prefetch
         self._ahead: _Prefetcher | None = None
+
+    def _order(self, group: int) -> RowOrder | LengthOrder:
+        order = RowOrder(self.dataset.groups(self.split), self.seed)
+        return LengthOrder(order, self.dataset.lengths(self.split), group) if self.group_by_length else order
 
     @property
     def rows_per_epoch(self) -> int:
@@ -142,13 +174,16 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """A few numbers, the same on every rank and for every world size."""
-        return {
+        state = {
             "schema": STATE_SCHEMA,
             "seed": self.seed,
             "split": self.split,
             "rows_consumed": self.rows_consumed,
             "fingerprint": self.dataset.fingerprint,
         }
+        if isinstance(self._source.order, LengthOrder):
+            state["group_rows"] = self._source.order.batch_rows
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the rows that were consumed. Raises DataError when the rows would not be the same ones."""
@@ -166,7 +201,14 @@ class Loader:
                     f"the run drew its rows with {name} {state[name]!r}, now it is {getattr(self, name)!r}",
                     hint=f"set the {name} back to {state[name]!r}, or start a new run",
                 )
+        if ("group_rows" in state) != self.group_by_length:
+            raise DataError(
+                f"the run drew its rows {'with' if 'group_rows' in state else 'without'} grouping them by length",
+                hint="set it back to what it was, or start a new run",
+            )
         self.close()
+        if self.group_by_length:  # a batch of another size goes on in the order that was begun
+            self._source.order = self._order(int(state["group_rows"]))
         self.rows_consumed = int(state["rows_consumed"])
 
 
@@ -175,13 +217,14 @@ class _Source:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Rows,
         split: str,
-        order: RowOrder,
+        order: RowOrder | LengthOrder,
         batch_rows: int,
         rank: int,
         world: int,
         pin_memory: bool,
+        transform: Transform | None,
     ) -> None:
         self.dataset = dataset
         self.split = split
@@ -190,13 +233,20 @@ class _Source:
         self.share = batch_rows // world
         self.first = rank * self.share
         self.pin_memory = pin_memory
+        self.transform = transform
+
+    def draws(self, draw: int) -> NDArray[np.int64]:
+        begin = draw + self.first
+        return np.arange(begin, begin + self.share, dtype=np.int64)
 
     def rows(self, draw: int) -> NDArray[np.int64]:
-        begin = draw + self.first
-        return self.order(np.arange(begin, begin + self.share, dtype=np.int64))
+        return self.order(self.draws(draw))
 
     def batch(self, draw: int) -> Batch:
-        batch = _tensors(self.dataset.batch(self.split, self.rows(draw)))
+        arrays = self.dataset.batch(self.split, self.rows(draw))
+        if self.transform is not None:
+            arrays = self.transform(arrays, self.draws(draw))
+        batch = _tensors(arrays)
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
 
 
@@ -246,9 +296,7 @@ def _produce(source: _Source, draw: int, out: queue.Queue[Batch | BaseException]
         draw += source.batch_rows
 
 
-def evaluation_rows(
-    dataset: TokenDataset, split: str = "validation", limit_rows: int | None = None
-) -> NDArray[np.int64]:
+def evaluation_rows(dataset: Rows, split: str = "validation", limit_rows: int | None = None) -> NDArray[np.int64]:
     """The rows that an evaluation covers: all, or `limit_rows` spread evenly over the split, always the same ones."""
     count = dataset.rows(split)
     if limit_rows is None or limit_rows >= count:
@@ -257,18 +305,20 @@ def evaluation_rows(
 
 
 def evaluation_batches(
-    dataset: TokenDataset,
+    dataset: Rows,
     batch_rows: int,
     split: str = "validation",
     *,
     rank: int = 0,
     world: int = 1,
     limit_rows: int | None = None,
+    transform: Transform | None = None,
 ) -> Iterator[Batch]:
     """Every evaluation row exactly once over all ranks, in batches of `batch_rows` / `world` rows.
 
-    The last batch is filled up with rows whose labels are all -100, so that shapes stay static and every rank gets the
-    same number of batches: sums of losses and counts of labels come out exact.
+    The last batch is filled up with rows whose labels are all -100 (NaN for numbers), so that shapes stay static and
+    every rank gets the same number of batches: sums of losses and counts of labels come out exact. A `transform` gets
+    row numbers as draws: it does the same to a row in every evaluation.
     """
     if batch_rows % world:
         raise ConfigError(f"a batch of {batch_rows} rows cannot be divided among {world} processes")
@@ -277,12 +327,16 @@ def evaluation_batches(
     for begin in range(0, len(rows), batch_rows):
         mine = rows[begin + rank * share : min(begin + (rank + 1) * share, len(rows))]
         missing = share - len(mine)
-        batch = dataset.batch(split, np.concatenate([mine, np.repeat(rows[:1], missing)]))
-        batch["labels"][len(mine) :] = IGNORE
+        filled = np.concatenate([mine, np.repeat(rows[:1], missing)])
+        batch = dataset.batch(split, filled)
+        if transform is not None:
+            batch = transform(batch, filled)
+        if missing:
+            dataset.blank(batch, len(mine))
         yield _tensors(batch)
 
 
-def _tensors(arrays: dict[str, NDArray[Any]]) -> Batch:
+def _tensors(arrays: Arrays) -> Batch:
     import torch  # here, not above: building a dataset needs no torch, and it takes seconds to import
 
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -105,6 +105,7 @@ def example_spec(
         packing="best_fit" if data.packing == "best_fit" else "pad",
         format=data.format,
         columns=dict(data.columns),
+        reading={"encoding": data.encoding, "separator": data.separator, "names": data.names, "scheme": data.scheme},
         on_error=data.on_error,
         max_drop=data.max_drop,
         truncation=data.truncation,
