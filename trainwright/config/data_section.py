@@ -221,7 +221,7 @@ class DataSection(Section):
     """Of text files with records (latin-1, gb18030), for tasks made of records."""
     separator: Annotated[str | None, Name((None,))] = None
     """What stands between two labels of one field, where labels are lists written as text; null where they are not."""
-    names: Annotated[tuple[str, ...], Listed(Name(), empty=True)] = ()
+    names: Annotated[tuple[str, ...], Listed(item=Name(), empty=True)] = ()
     """Names of the labels or tags that the files write as numbers from 0."""
     scheme: Annotated[str, Name(("auto",), what_it_is="a scheme of tags (iob1, iob2, bioes, bmes, io, words)")] = "auto"
     """How the files mark entities on words; auto finds it over each file."""
