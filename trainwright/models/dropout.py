@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from trainwright.base.seeds import derive_seed
 from trainwright.ops.dropout import drop, head_keys, keep_mask, site_keys, token_keys
 
-__all__ = ["AttentionDropout", "Dropout", "DropoutPlace", "KeptWeights", "RowDropout", "join_place", "pin"]
+__all__ = ["AttentionDropout", "Dropout", "DropoutPlace", "KeptWeights", "RowDropout", "Sited", "join_place", "pin"]
 
 
 class DropoutPlace:
@@ -29,6 +29,7 @@ class DropoutPlace:
     Attributes:
         token_keys: int64 [B, T], one for each token of this forward pass; None while torch's generator is used.
         positions: [T] or [B, T], the positions behind them.
+        documents: [B, T], the documents behind them; None where a row is one.
         slice_rank: which slice of the sequence this rank's residual stream holds where it is divided (sequence
             parallel); only looked at where a module gets fewer tokens than there are keys.
     """
@@ -37,6 +38,7 @@ class DropoutPlace:
         self.seed: int | None = None
         self.rows: Tensor | None = None
         self.positions: Tensor | None = None
+        self.documents: Tensor | None = None
         self.token_keys: Tensor | None = None
         self.awaits_tokens = False
         self.slice_rank = 0
@@ -50,12 +52,12 @@ class DropoutPlace:
             raise ValueError("the seed of the step and the numbers of the rows come together")
         self.seed, self.rows = seed, rows
         self.awaits_tokens = seed is not None
-        self.positions = self.token_keys = None
+        self.positions = self.documents = self.token_keys = None
 
     def locate(self, positions: Tensor, documents: Tensor | None) -> None:
         """The tokens of this forward pass: positions [T] or [B, T], documents [B, T] where they start anew in each."""
         if self.seed is not None and self.rows is not None:
-            self.positions = positions
+            self.positions, self.documents = positions, documents
             self.token_keys = token_keys(self.seed, self.rows, positions, documents)
             self.awaits_tokens = False
 
@@ -102,8 +104,8 @@ class KeptWeights:
         return keep_mask(head_keys(self.keys, heads, self.first_head), positions, self.p)
 
 
-class _Sited(nn.Module):
-    """A dropout that belongs to a place of its model.
+class Sited(nn.Module):
+    """A dropout, or another chance, that belongs to a place of its model; `p` above 0 switches it on.
 
     `site` is a tensor, not a number: compiled blocks of equal shape share their code, whatever their layer is.
     """
@@ -114,7 +116,7 @@ class _Sited(nn.Module):
         self.place: DropoutPlace | None = None
         self.site: Tensor | None = None
 
-    def _keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:
         """int64 [B, T] of all tokens at this site; None where torch's generator is to be used."""
         if self.place is None:
             return None
@@ -132,7 +134,7 @@ class _Sited(nn.Module):
         return f"p={self.p}"
 
 
-class Dropout(_Sited):
+class Dropout(Sited):
     """Dropout of activations [B, T, D].
 
     `first_feature`: the number of the first feature of what comes in, where features are divided over processes.
@@ -143,26 +145,26 @@ class Dropout(_Sited):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
-        keys = self._keys()
+        keys = self.keys()
         if keys is None:
             return F.dropout(x, self.p)
         assert self.place is not None
         return drop(x, self.place.part(keys, x.shape[1]), self.p, self.first_feature)
 
 
-class RowDropout(_Sited):
+class RowDropout(Sited):
     """Dropout of one vector for each row, [B, D]: goes by the key of the row's first token."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
-        keys = self._keys()
+        keys = self.keys()
         if keys is None:
             return F.dropout(x, self.p)
         return drop(x[:, None], keys[:, :1], self.p)[:, 0]
 
 
-class AttentionDropout(_Sited):
+class AttentionDropout(Sited):
     """Dropout of attention weights: tells `attend` how much, and which where that does not depend on the layout.
 
     `first_head`: the number of the first head that is computed here, where heads are divided over processes.
@@ -182,7 +184,7 @@ class AttentionDropout(_Sited):
 
     def kept(self) -> KeptWeights | None:
         """Which weights of this forward pass are kept; None outside training and for torch's generator."""
-        keys = self._keys() if self.probability > 0.0 else None
+        keys = self.keys() if self.probability > 0.0 else None
         if keys is None:
             return None
         assert self.place is not None
@@ -197,7 +199,7 @@ def join_place(model: nn.Module, place: DropoutPlace, device: torch.device | str
     """
     found = 0
     for name, module in model.named_modules():
-        if isinstance(module, _Sited) and module.p > 0.0:
+        if isinstance(module, Sited) and module.p > 0.0:
             module.place = place
             module.site = torch.tensor(derive_seed("dropout", name), device=device)
             found += 1
@@ -209,7 +211,7 @@ def pin(block: nn.Module) -> Callable[[], AbstractContextManager[None]]:
 
     For computing the block again after other forward passes have begun, as a pipeline does.
     """
-    place = next((m.place for m in block.modules() if isinstance(m, _Sited) and m.place is not None), None)
+    place = next((m.place for m in block.modules() if isinstance(m, Sited) and m.place is not None), None)
     if place is None:
         return contextlib.nullcontext
     before = place.now()

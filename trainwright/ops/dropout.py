@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["drop", "head_keys", "keep_mask", "site_keys", "token_keys"]
+__all__ = ["drop", "head_keys", "keep_mask", "site_keys", "token_keys", "uniform"]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _CHUNK = 1 << 17  # elements hashed at once on a CPU, so that their scratch stays in the cache
@@ -92,6 +92,13 @@ def keep_mask(keys: Tensor, index: Tensor, p: float) -> Tensor:
     for out, part_low, part_high in pieces:
         torch.ge(_hash32(counter ^ part_low, part_high), threshold, out=out)
     return keep.view(*keys.shape, index.shape[-1])
+
+
+def uniform(keys: Tensor, index: Tensor) -> Tensor:
+    """Numbers in [-1, 1), float32 [..., S], as equally distributed as 24 bits are; arguments as of `keep_mask`."""
+    low = keys.to(torch.int32)[..., None]
+    high = (keys >> 32).to(torch.int32)[..., None]
+    return (_hash32(index.to(torch.int32) ^ low, high) >> 7).float() * 2.0**-24
 
 
 def _hash32(x: Tensor, key: Tensor) -> Tensor:
