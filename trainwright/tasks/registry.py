@@ -13,5 +13,6 @@ __all__ = ["DEFINITIONS"]
 
 DEFINITIONS: dict[str, Callable[[Any, int], TaskDefinition]] = {
     "classification": ClassificationDefinition,
+    "sft": SFTDefinition,
 }
 """Name to (section of the recipe, longest example in tokens) -> definition, for every task that is made of records."""
