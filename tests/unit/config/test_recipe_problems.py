@@ -125,7 +125,7 @@ def test_a_value_without_effect_is_an_error(overrides: list[str], message: str) 
         ("model.hf='a b'", "model.hf: seen 'a b', expected owner/name"),
         ("data.source=[]", "data.source: seen [], expected at least one source"),
         ("data.tokenizer=bert", "data.tokenizer: seen 'bert', expected auto"),
-        ("data.tokenizer={train: wordpiece}", "data.tokenizer: seen the keys train, expected"),
+        ("data.tokenizer={train: unigram}", "data.tokenizer: seen the keys train, expected"),
         ("data.validation={fraction: 2}", "data.validation.fraction: seen 2, expected a number above 0 and below 1"),
         ("optim.rules=[{pattern: '(', lr_scale: 2}]", "optim.rules.0.pattern: seen '(', expected null or a regular expression"),
         ("checkpoint.keep=0", "checkpoint.keep: seen 0"),
