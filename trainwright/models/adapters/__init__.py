@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from trainwright.models.adapters.apply import AdaptedShape, AdapterReport, adapter_report, apply_adapter
 from trainwright.models.adapters.linear import AdaptedLinear
-from trainwright.models.adapters.options import AdapterOptions
+from trainwright.models.adapters.loading import SavedAdapter, is_adapter_folder, load_adapter
+from trainwright.models.adapters.options import AdapterOptions, adapter_options
+from trainwright.models.adapters.saving import save_adapter
 from trainwright.models.adapters.values import adapter_value, adapter_values
 
 __all__ = [
@@ -12,8 +14,13 @@ __all__ = [
     "AdaptedShape",
     "AdapterOptions",
     "AdapterReport",
+    "SavedAdapter",
+    "adapter_options",
     "adapter_report",
     "adapter_value",
     "adapter_values",
     "apply_adapter",
+    "is_adapter_folder",
+    "load_adapter",
+    "save_adapter",
 ]

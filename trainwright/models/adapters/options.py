@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from trainwright.base.errors import ConfigError
+import torch
 
-__all__ = ["METHODS", "AdapterOptions", "Base"]
+from trainwright.base.errors import ConfigError
+from trainwright.config.adapter_section import AdapterSection
+
+__all__ = ["METHODS", "AdapterOptions", "Base", "adapter_options"]
 
 METHODS = ("lora", "rslora", "dora")
 
@@ -54,3 +57,29 @@ class AdapterOptions:
     def scaling(self) -> float:
         """What B A x is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.name == "rslora" else self.rank)
+
+
+def adapter_options(section: AdapterSection, compute: torch.dtype) -> AdapterOptions:
+    """The options that a recipe's `adapter` means.
+
+    Frozen weights are held in the type in which they are multiplied: they need no more, and products are the same.
+
+    Args:
+        compute: the type of matrix products (`Precision.compute_dtype`).
+
+    Raises:
+        ConfigError: the section is about a method of peft.
+    """
+    if section.name == "peft":
+        raise ConfigError("adapter.name is peft: its method is put into the model by apply_peft_method")
+    held: dict[torch.dtype, Base] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    base: Base = held.get(compute, "as_is") if section.base == "auto" else section.base
+    return AdapterOptions(
+        name="lora" if section.name == "qlora" else section.name,
+        rank=section.rank,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        targets=section.targets,
+        train=section.train,
+        base="nf4" if section.name == "qlora" else base,
+    )

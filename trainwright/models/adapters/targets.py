@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from trainwright.base.errors import ConfigError
-from trainwright.models.decoder import Decoder
 from trainwright.models.moe.layer import Experts
 
 __all__ = ["extra_parameters", "head_modules", "target_linears", "task_head_of"]
@@ -27,11 +26,10 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     task = task_head_of(model)
     if task is not None:
         heads.update(task.modules())
-    if isinstance(model, Decoder):
-        found = getattr(model, "lm_head", None)
-    else:
-        outputs = getattr(model, "get_output_embeddings", None)
-        found = outputs() if callable(outputs) else None
+    outputs = getattr(model, "get_output_embeddings", None)  # of any transformers model
+    found = getattr(model, "output_projection", None)
+    if found is None and callable(outputs):
+        found = outputs()
     if isinstance(found, nn.Module):
         heads.add(found)
     return heads

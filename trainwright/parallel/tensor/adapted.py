@@ -1,8 +1,8 @@
 """Linears with adapters on a tensor axis: A and B are divided where the linear's own weight makes it so.
 
     output features divided   A whole (each rank has an addend of its gradient), B and magnitudes divided
-    input features divided    A divided, B and magnitudes whole: B (A x) is linear in A x, so that its addends are summed
-                              over the ranks together with those of W x
+    input features divided    A divided, B and magnitudes whole: B (A x) is linear in A x, so that its addends are
+                              summed over the ranks together with those of W x
 
 No message is sent that would not be sent without adapters, but for the row norms of DoRA where rows are divided.
 """
@@ -139,7 +139,7 @@ def _refuse_cut_blocks(module: AdaptedLinear, axis: Axis) -> None:
     blocks = module.weight_scale.shape[1]
     if blocks % axis.size or module.in_features % blocks:
         raise ConfigError(
-            f"{module.in_features} input features in 4 bits are {blocks} blocks of 64, which {axis.size} tensor ranks do"
-            " not divide",
+            f"{module.in_features} input features in 4 bits are {blocks} blocks of 64, which {axis.size} tensor ranks"
+            " do not divide",
             hint="choose another parallel.tensor, or adapter.base=bf16",
         )
