@@ -11,6 +11,7 @@ from typing import Any
 
 from trainwright.base.errors import ModelError
 from trainwright.models.heads import head_fields, head_from_fields
+from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.models.registry import FAMILIES, ModelConfig, refuse_unknown_fields
 from trainwright.ops.rotary import RotaryScaling
 
@@ -37,6 +38,11 @@ def config_from_fields(values: Mapping[str, Any]) -> ModelConfig:
         raise ModelError(f"model family {values.get('family')!r} is unknown", hint=f"known: {', '.join(FAMILIES)}")
     known = {field.name: field for field in dataclasses.fields(family.config_class)}
     given = {key: value for key, value in values.items() if key != "family"}
+    if family.config_class is HuggingFaceConfig:
+        head = given.get("head")
+        return HuggingFaceConfig.from_fields(
+            {**given, "head": head_from_fields(head) if isinstance(head, Mapping) else head}
+        )
     refuse_unknown_fields(family, given)
     missing = [
         name

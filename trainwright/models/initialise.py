@@ -16,6 +16,8 @@ from torch import Tensor
 
 from trainwright.base.seeds import derive_seed
 from trainwright.models.backbone import Backbone
+from trainwright.models.hugging_face import initial
+from trainwright.models.hugging_face.structure import HEAD_PREFIXES
 from trainwright.models.weights import kept_tensors
 
 Model = TypeVar("Model", bound=Backbone)
@@ -37,6 +39,8 @@ def initial_value(name: str, shape: Sequence[int], config: Any, seed: int) -> Te
 
     Drawn on the CPU whatever the device, so that a run on a GPU starts from the same weights.
     """
+    if config.family == "transformers" and not name.startswith(HEAD_PREFIXES):
+        return initial.initial_value(name, shape, config, seed)
     if name.endswith("bias") or ".crf." in name:
         return torch.zeros(tuple(shape))
     if len(shape) == 1:

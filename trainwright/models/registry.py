@@ -18,6 +18,11 @@ from trainwright.models.gpt2.model import GPT2LMHeadModel
 from trainwright.models.gpt2.plan import plan as gpt2_plan
 from trainwright.models.gpt2.presets import GPT2_PRESETS
 from trainwright.models.gpt2.weights import GPT2_WEIGHTS
+from trainwright.models.hugging_face.config import HuggingFaceConfig
+from trainwright.models.hugging_face.library import is_known
+from trainwright.models.hugging_face.model import build_hugging_face
+from trainwright.models.hugging_face.plan import plan as hugging_face_plan
+from trainwright.models.hugging_face.weights import HUGGING_FACE_WEIGHTS
 from trainwright.models.initialise import materialize
 from trainwright.models.llama.config import ARCHITECTURES, LlamaConfig
 from trainwright.models.llama.model import LlamaForCausalLM
@@ -45,7 +50,7 @@ __all__ = [
     "replace",
 ]
 
-ModelConfig = LlamaConfig | GPT2Config | MoEConfig
+ModelConfig = LlamaConfig | GPT2Config | MoEConfig | HuggingFaceConfig
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("llama", ARCHITECTURES, LlamaConfig, LlamaForCausalLM, LLAMA_PRESETS, llama_plan, LLAMA_WEIGHTS),
     "gpt2": Family("gpt2", ("gpt2",), GPT2Config, GPT2LMHeadModel, GPT2_PRESETS, gpt2_plan, GPT2_WEIGHTS),
     "moe": Family("moe", MOE_ARCHITECTURES, MoEConfig, MoEForCausalLM, MOE_PRESETS, moe_plan, MOE_WEIGHTS),
+    # Every architecture of transformers that no other family has.
+    "transformers": Family(
+        "transformers", (), HuggingFaceConfig, build_hugging_face, {}, hugging_face_plan, HUGGING_FACE_WEIGHTS
+    ),
 }
 
 
@@ -117,8 +126,10 @@ def refuse_unknown_fields(family: Family, names: Iterable[str]) -> None:
             )
 
 
-def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
+def config_from_dict(values: Mapping[str, Any], *, native: bool = True) -> ModelConfig:
     """A configuration from a parsed Hugging Face `config.json`.
+
+    native: of our own family where there is one for the architecture; else, and without it, transformers' own modules.
 
     Raises:
         ModelError: the architecture is unknown, asks for a feature that is not supported, or brings its own code.
@@ -135,9 +146,11 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
             f"the weights are quantised ({method}), which is not supported", hint="use the unquantised model"
         )
     for family in FAMILIES.values():
-        if model_type in family.model_types:
+        if native and model_type in family.model_types:
             config: ModelConfig = family.config_class.from_hf(dict(values))
             return config
+    if is_known(model_type):
+        return HuggingFaceConfig.from_hf(values)
     known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
     raise ModelError(f"unknown architecture: model_type={model_type!r}", hint=f"known: {known}")
 

@@ -67,7 +67,7 @@ def test_other_tensors_can_be_saved(model: Decoder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "unknown architecture: model_type='mamba'"),
+        ({"model_type": "nebula"}, "unknown architecture: model_type='nebula'"),
         ({"model_type": None}, "unknown architecture: model_type=None"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "brings its own Python code"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),

@@ -1,0 +1,1 @@
+"""Any architecture of transformers as a family: its own modules, held, divided and saved as native ones are."""

@@ -1,0 +1,395 @@
+"""A module of transformers that offers what native families offer: it keeps its class, its names and its code.
+
+`HuggingFaceModel` is mixed into the class of transformers when a model is built, so that parameter names, tensor plans
+and `generate` stay what they are there. Task and trainer see hidden states, chunked losses and scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainwright.base.errors import ModelError
+from trainwright.models.hugging_face.config import HuggingFaceConfig
+from trainwright.models.hugging_face.head import Reached, Tail, projection_loss, standing_in, tail_of
+from trainwright.models.hugging_face.inputs import (
+    PACKINGS,
+    Packing,
+    accepted_names,
+    packed_inputs,
+    packing_refused,
+)
+from trainwright.models.hugging_face.structure import build_module, non_persistent_buffers, structure
+from trainwright.ops.linear_cross_entropy import LossSums
+
+__all__ = ["HuggingFaceModel", "build_hugging_face"]
+
+_PROBE = 16  # tokens of a document of the start-up probe; fp8 products take multiples of 16
+_BACKENDS = {"auto": None, "sdpa": "sdpa", "reference": "eager"}
+
+
+class HuggingFaceModel(nn.Module):
+    """What is mixed into a class of transformers.
+
+    Attributes:
+        config: a HuggingFaceConfig, which answers for transformers' own fields too.
+    """
+
+    config: Any
+    forward: Callable[..., Any]
+
+    # --- places ---
+
+    @property
+    def theirs(self) -> Any:
+        """This model as transformers knows it."""
+        return self
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding [V, D]."""
+        found: nn.Embedding = self.theirs.get_input_embeddings()
+        return found
+
+    @property
+    def output_projection(self) -> nn.Module | None:
+        """The module that makes logits; None where the model has none, or another process holds it."""
+        name = self.__dict__.get("projection_name")
+        return None if name is None else self.get_submodule(name)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection [V, D]."""
+        weight = getattr(self.output_projection, "weight", None)
+        assert isinstance(weight, Tensor), "a model with an output projection"
+        return weight
+
+    # --- forward passes ---
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What the output projection is given, [B, T, D]; of a bare trunk its last hidden states.
+
+        Args:
+            position_ids: read where document_ids are given too, or no key_mask; else the model counts itself.
+            decoder_input_ids, decoder_key_mask: [B, U] of encoder-decoders, whose result is [B, U, D].
+
+        Raises:
+            ModelError: the model cannot keep documents of one row apart, or its logits are not what its projection
+                makes of these.
+        """
+        self._prove()
+        named = self._inputs(input_ids, position_ids, document_ids, key_mask, token_type_ids)
+        if decoder_input_ids is not None:
+            named["decoder_input_ids"] = decoder_input_ids
+            if decoder_key_mask is not None:
+                named["decoder_attention_mask"] = decoder_key_mask.long()
+        elif self.config.is_encoder_decoder:
+            raise ModelError(
+                f"{type(self).__name__} reads a text and writes another: this task gives it only one",
+                hint="use a task that writes (translation, summarization, dialogue), or a decoder-only model",
+            )
+        return self._until_projection(named)
+
+    def hidden_states_of(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """`hidden_states` of a batch's own entries."""
+        return self.hidden_states(
+            batch["input_ids"],
+            position_ids=batch.get("position_ids"),
+            document_ids=batch.get("document_ids"),
+            key_mask=self.key_mask_of(batch),
+            token_type_ids=batch.get("token_type_ids"),
+            decoder_input_ids=batch.get("decoder_input_ids"),
+            decoder_key_mask=batch.get("decoder_key_mask"),
+        )
+
+    def key_mask_of(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Which tokens of a batch are real, bool [B, T]; None where all are, or a row holds several documents."""
+        mask = batch.get("key_mask")
+        if mask is not None or "lengths" not in batch or "document_ids" in batch:
+            return mask
+        length = batch["input_ids"].shape[1]
+        return torch.arange(length, device=batch["lengths"].device)[None] < batch["lengths"][:, None]
+
+    def head_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        compiled: bool = False,
+    ) -> LossSums:
+        """Loss sums of the model's logits for hidden [N, D] against labels [N] (-100: not trained)."""
+        projection = self.output_projection
+        if projection is None:
+            raise ModelError(f"{type(self).__name__} has no output projection, so it gives no words")
+        return projection_loss(
+            self,
+            projection,
+            self.tail,
+            hidden,
+            labels,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            compiled=compiled,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits [..., V] for hidden states [..., D]."""
+        projection = self.output_projection
+        assert projection is not None, "a model with an output projection"
+        return self.tail(projection(hidden), self)
+
+    @property
+    def tail(self) -> Tail:
+        """What happens behind the projection."""
+        known: Tail | None = self.__dict__.get("_tail")
+        if known is None:
+            known = self.__dict__["_tail"] = tail_of(self.config.hf, self)
+        return known
+
+    def _until_projection(self, named: dict[str, Any]) -> Tensor:
+        name = self.__dict__.get("projection_name")
+        if name is None:
+            output = self._run(named)
+            states = output.last_hidden_state if "last_hidden_state" in output else output[0]
+            assert isinstance(states, Tensor)
+            return states
+        with standing_in(self, name, _stop):
+            try:
+                self._run(named)
+            except Reached as reached:
+                return reached.hidden
+        raise ModelError(f"{type(self).__name__} never called its output projection {name}")
+
+    def _run(self, named: dict[str, Any]) -> Any:
+        """The forward pass of transformers, without a cache."""
+        accepted = self.__dict__["accepted"]
+        if "use_cache" in accepted:
+            named["use_cache"] = False
+        # Of the class: who divides the model may have put hooks around the call of the whole, which run already.
+        return type(self).forward(self, **named)
+
+    # --- inputs ---
+
+    def _inputs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+        key_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+    ) -> dict[str, Any]:
+        accepted = self.__dict__["accepted"]
+        named: dict[str, Any] = {"input_ids": input_ids}
+        if token_type_ids is not None and "token_type_ids" in accepted:
+            named["token_type_ids"] = token_type_ids
+        if document_ids is not None:
+            packing = self._packing()
+            if position_ids is None:
+                position_ids = _positions_in(document_ids)
+            named.update(self._packed(packing, position_ids, document_ids))
+        elif key_mask is not None:
+            named["attention_mask"] = key_mask.long()
+        elif position_ids is not None and "position_ids" in accepted:
+            named["position_ids"] = position_ids.expand(input_ids.shape) + self.__dict__["first_position"]
+        return named
+
+    def _packed(self, packing: Packing, position_ids: Tensor, document_ids: Tensor) -> dict[str, Any]:
+        return packed_inputs(
+            packing,
+            position_ids,
+            document_ids,
+            causal=self.config.kind == "causal_lm",
+            first=self.__dict__["first_position"],
+            dtype=self.head_dtype,
+        )
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """The type in which the model computes outside autocast."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    # --- proofs before the first use ---
+
+    def _prove(self) -> None:
+        """Compare, once, what happens behind the projection with what is known of it."""
+        if self.__dict__.get("_proven") or self.__dict__.get("projection_name") is None:
+            return
+        self.__dict__["_proven"] = True
+        words, device = self.head_weight.shape[0], self.embedding.weight.device
+        given = torch.linspace(-3.0, 3.0, _PROBE * words, device=device).view(1, _PROBE, words)
+        ids = self._probe_ids(1, seed=1)
+        named: dict[str, Any] = {"input_ids": ids}
+        if self.config.is_encoder_decoder:
+            named["decoder_input_ids"] = ids
+        with _resting(self), standing_in(self, self.__dict__["projection_name"], lambda hidden: given):
+            output = self._run(named)
+        expected = self.tail(given, self)
+        if not torch.allclose(output.logits.float(), expected.float(), rtol=1e-5, atol=1e-5):
+            raise ModelError(
+                f"{type(self).__name__} changes its logits behind the output projection in a way that is not known",
+                hint="use another architecture; a factor, a cap and a bias are known",
+            )
+
+    def _packing(self) -> Packing:
+        """How documents of one row are kept apart, proven on two of them once."""
+        if "_packing_found" not in self.__dict__:
+            self.__dict__["_packing_found"] = self._find_packing()
+        found: Packing | None = self.__dict__["_packing_found"]
+        if found is None:
+            raise packing_refused(type(self).__name__, self.__dict__["_packing_problem"])
+        return found
+
+    def _find_packing(self) -> Packing | None:
+        self.__dict__["_packing_problem"] = "an encoder-decoder has no such rows"
+        if self.config.is_encoder_decoder:
+            return None
+        first, other, second = (self._probe_ids(1, seed=seed) for seed in (1, 2, 3))
+        documents = torch.arange(2, device=first.device).repeat_interleave(_PROBE)[None]
+        positions = torch.arange(_PROBE, device=first.device).repeat(2)[None]
+        reasons = []
+        with _resting(self):
+            alone = self._until_projection({"input_ids": second})
+            for packing in PACKINGS:
+                if packing.positions and "position_ids" not in self.__dict__["accepted"]:
+                    continue
+                if packing.mask != "none" and any(self.config.layer_windows()):
+                    reasons.append("a mask of documents would take the place of its sliding windows")
+                    continue
+                named = self._packed(packing, positions, documents)
+                try:
+                    outputs = [
+                        self._until_projection({"input_ids": torch.cat((before, second), 1), **named})[:, _PROBE:]
+                        for before in (first, other)
+                    ]
+                except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                    reasons.append(f"{type(error).__name__} under a mask of documents")
+                    continue
+                if not torch.equal(*outputs):
+                    reasons.append("what stands in one document changes the next")
+                elif not _near(outputs[0], alone):
+                    reasons.append("a document in a row does not give what it gives alone")
+                else:
+                    return packing
+        self.__dict__["_packing_problem"] = reasons[0] if reasons else "it takes no positions and no mask"
+        return None
+
+    def _probe_ids(self, rows: int, *, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, self.config.vocab_size, (rows, _PROBE), generator=generator)
+        special = self.config.values.get("pad_token_id")
+        # Positions of some models count tokens that are not padding.
+        ids = torch.where(ids == special, (ids + 1) % self.config.vocab_size, ids) if special is not None else ids
+        return ids.to(self.embedding.weight.device)
+
+    # --- switches ---
+
+    def auxiliary_loss(self, labels: Tensor) -> Tensor | None:
+        """None: what a model's own loss adds (of experts, say) is not part of this one."""
+        return None
+
+    def set_dropout(self, *, seed: int | None, rows: Tensor | None) -> None:
+        """Nothing: its dropouts draw from torch's generator, which the trainer seeds in every step."""
+
+    def set_attention_backend(self, name: str) -> None:
+        """Attention as transformers computes it: "sdpa", "reference" (eager), or what it chooses ("auto").
+
+        Raises:
+            ModelError: it has no such attention.
+        """
+        if name not in _BACKENDS:
+            raise ModelError(
+                f"model.attention {name!r} is for native families",
+                hint=f"a transformers model takes {', '.join(_BACKENDS)}",
+            )
+        wanted = _BACKENDS[name]
+        if wanted is not None:
+            self.theirs.set_attn_implementation(wanted)
+
+    # --- buffers that no file has ---
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As torch's, but tables that no file has keep their type: they were made in the type that they need."""
+        before = non_persistent_buffers(self)
+        super()._apply(fn, recurse)
+        for (name, leaf), buffer in before.items():
+            module = self.get_submodule(name)
+            after = module._buffers[leaf]
+            assert after is not None
+            if after.dtype != buffer.dtype:
+                module._buffers[leaf] = buffer.to(after.device)
+        return self
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
+        """As torch's, but tables that no file has keep their values."""
+        before = non_persistent_buffers(self)
+        super().to_empty(device=device, recurse=recurse)
+        for (name, leaf), buffer in before.items():
+            self.get_submodule(name)._buffers[leaf] = buffer.to(device)
+        return self
+
+
+def build_hugging_face(config: HuggingFaceConfig) -> Any:
+    """The model of a configuration: parameters on the meta device, tables on the CPU."""
+    model, _ = build_module(config)
+    names = {id(module): name for name, module in model.named_modules()}
+    projection = model.get_output_embeddings() if config.head is None and config.kind != "encoder" else None
+    model.__dict__["accepted"] = accepted_names(type(model))
+    model.__dict__["first_position"] = structure(config).first_position
+    model.__dict__["projection_name"] = None if projection is None else names[id(projection)]
+    model.config = config
+    model.__class__ = _mixed_class(type(model))
+    return model
+
+
+@cache
+def _mixed_class(kind: Any) -> Any:
+    return type(kind.__name__, (HuggingFaceModel, kind), {"__module__": kind.__module__})
+
+
+def _stop(hidden: Tensor) -> Tensor:
+    raise Reached(hidden)
+
+
+@contextlib.contextmanager
+def _resting(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing is dropped out, no gradient is kept, and products run in the type of the parameters."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device.type
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        model.train(training)
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-4 if one.dtype == torch.float32 else 5e-2
+    scale = float(other.abs().max().clamp_min(1e-12))
+    return float((one.float() - other.float()).abs().max()) <= tolerance * scale
+
+
+def _positions_in(document_ids: Tensor) -> Tensor:
+    """Positions [B, T] that start over where the document changes."""
+    length = document_ids.shape[1]
+    places = torch.arange(length, device=document_ids.device).expand(document_ids.shape)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(1).values
