@@ -1,0 +1,1 @@
+"""Metrics of the field, one file for each family, written from their definitions."""
