@@ -119,5 +119,5 @@ def shortened(messages: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _untrained(chat: EncodedChat) -> Encoded:
     if chat.rewritten:
-        return Encoded(dropped="the chat template leaves out a part of every message of the assistant")
+        return Encoded(dropped="the chat template changes or cuts every message of the assistant")
     return Encoded(dropped="nothing of the assistant to train on")

@@ -84,6 +84,20 @@ QWEN3 = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+QWEN3_TAGGED = (
+    QWEN3.replace(
+        "{%- if loop.index0 > ns.last and (loop.last or thought) %}", "{%- set think = loop.index0 > ns.last %}"
+    )
+    .replace(
+        "{{- '<|im_start|>assistant\\n<think>\\n' +",
+        "{{- '<|im_start|>assistant\\n' }}{%- generation %}{%- if think %}{{- '<think>\\n' +",
+    )
+    .replace("{%- else %}{{- '<|im_start|>assistant\\n' + content }}", "{%- else %}{{- content }}")
+    .replace(
+        "{{- '<|im_end|>\\n' }}{%- elif message.role == 'tool' %}",
+        "{{- '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}{%- elif message.role == 'tool' %}",
+    )
+)
 TAGGED = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ '<|im_start|>assistant\\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -104,6 +118,7 @@ STYLES: dict[str, str] = {
     "zephyr": ZEPHYR,
     "qwen3": QWEN3,
     "tagged": TAGGED,
+    "qwen3-tagged": QWEN3_TAGGED,
     "role-prefix": ROLE_PREFIX,
     **{f"built-in-{name}": template for name, template in TEMPLATES.items()},
 }
