@@ -180,9 +180,9 @@ class Engine:
         self.last_report: StepReport | None = None
         groups = optimizer.param_groups if optimizer is not None else []
         self._parameters = [p for group in groups for p in group["params"]]
-        if self.data_parallel.mesh.pipeline.size > 1 and optimizer is not None:  # a stage may be frozen, but not all
-            if not self.ranks.any(bool(self._parameters)):
-                raise ConfigError(NOTHING_TO_TRAIN, hint="remove a freeze rule or unfreeze the model")
+        staged = self.data_parallel.mesh.pipeline.size > 1  # then this stage may be frozen, but not all
+        if staged and optimizer is not None and not self.ranks.any(bool(self._parameters)):
+            raise ConfigError(NOTHING_TO_TRAIN, hint="remove a freeze rule or unfreeze the model")
         aliases = alias_parameters(model)  # copies of parameters that another stage of a pipeline counts
         names = {p: name for name, p in model.named_parameters()} if aliases else {}
         self._counted = [p for p in self._parameters if names.get(p) not in aliases]
