@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainwright.base.errors import DataError
 from trainwright.data.chat_encoding import ChatFormat
-from trainwright.data.chat_templates import choose_template, template_tokens, with_template
+from trainwright.data.chat_templates import choose_template, read_template, template_tokens, with_template
 from trainwright.data.tokenizer_core import Tokenizer
 from trainwright.tasks.causal_lm import CausalLM
 from trainwright.tasks.chat_encoder import ChatEncoder, shortened
@@ -39,6 +39,7 @@ class SFTDefinition:
         self.name: str = section.name
         self.section = section
         self.max_length = max_length
+        self.template: str = section.template if section.template == "auto" else read_template(section.template)
         self.special_tokens = template_tokens(choose_template(section.template, None))
 
     def survey(self, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

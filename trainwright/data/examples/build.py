@@ -67,7 +67,9 @@ class ExampleDefinition(Protocol):
     """A task before the data was seen (`tasks.task.TaskDefinition`).
 
     A definition may have `special_tokens`, a tuple of texts: tokens that a tokenizer trained for it must have (marks
-    of entities, of turns). Its encoder may have `must_train_ids`: tokens that must be among the trained ones.
+    of entities, of turns); `prepare_tokenizer`, which gives the tokenizer to save, with another chat template; and
+    `template`, the text that chooses that template. Its encoder may have `must_train_ids`: tokens that must be among
+    the trained ones.
     """
 
     name: str
@@ -175,6 +177,7 @@ def example_key(spec: ExampleSpec, definition: ExampleDefinition, corpus: Corpus
         "reading": [definition.shape, spec.format, sorted(spec.columns.items()), dict(spec.reading), spec.on_error],
         "task": definition.name,
         "tokenizer": tokenizer.fingerprint if tokenizer else [repr(training), special_tokens(definition)],
+        "template": [tokenizer.chat_template if tokenizer else None, getattr(definition, "template", None)],
         "rows": [spec.sequence_length, spec.packing, spec.truncation],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

@@ -248,6 +248,9 @@ class Builder:
                 min_frequency=training.min_frequency,
                 lowercase=training.lowercase,
             )
+        prepare = getattr(self.definition, "prepare_tokenizer", None)
+        if prepare is not None:  # the chat template that examples are rendered by stays with them
+            tokenizer = prepare(tokenizer)
         tokenizer.save(self.folder / "tokenizer")
         return tokenizer
 
