@@ -227,8 +227,8 @@ class DataSection(Section):
     """How the files mark entities on words; auto finds it over each file."""
     max_drop: Annotated[float, Real(minimum=0, maximum=1)] = 0.05
     """Largest share of the records that may give no example; more is an error. For tasks made of records."""
-    truncation: Annotated[Literal["right", "left", "refuse"], Words(("right", "left", "refuse"))] = "right"
-    """Which end of an example that is longer than sequence_length is cut, where its task cuts; refuse is an error."""
+    max_cut: Annotated[float, Real(minimum=0, maximum=1)] = 1.0
+    """Largest share of the records that may be cut to fit sequence_length; 0 refuses. For tasks made of records."""
     tokenizer: Tokenizer = "auto"
     """Load or train a tokenizer; auto takes the model's own, or trains byte-level BPE of 8192 tokens."""
     sequence_length: Annotated[int, Whole(minimum=2)] = 512

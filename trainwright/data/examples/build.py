@@ -119,7 +119,7 @@ def build_examples(
                     spec, definition, corpus, tokenizer, key, stem, out is not None, workers, progress, reader
                 )
     dataset = ExampleDataset.open(folder, pad_multiple=spec.pad_multiple, static=spec.static)
-    check_bounds(dataset.manifest, spec.max_drop, spec.truncation)
+    check_bounds(dataset.manifest, spec.max_drop, spec.max_cut)
     return dataset
 
 
@@ -161,6 +161,13 @@ def special_tokens(definition: ExampleDefinition) -> tuple[str, ...]:
     return tuple(getattr(definition, "special_tokens", ()))
 
 
+def prepared(definition: ExampleDefinition, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer as a task wants it kept; most tasks take it as it is."""
+    prepare = getattr(definition, "prepare_tokenizer", None)
+    found: Tokenizer = tokenizer if prepare is None else prepare(tokenizer)
+    return found
+
+
 def example_key(spec: ExampleSpec, definition: ExampleDefinition, corpus: Corpus, tokenizer: Tokenizer | None) -> str:
     """Hash of all that the bytes depend on beside the task's options: files, how they are read and split, tokenizer,
     rows."""
@@ -178,7 +185,7 @@ def example_key(spec: ExampleSpec, definition: ExampleDefinition, corpus: Corpus
         "task": definition.name,
         "tokenizer": tokenizer.fingerprint if tokenizer else [repr(training), special_tokens(definition)],
         "template": [tokenizer.chat_template if tokenizer else None, getattr(definition, "template", None)],
-        "rows": [spec.sequence_length, spec.packing, spec.truncation],
+        "rows": [spec.sequence_length, spec.packing],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["check_bounds", "check_trainable", "padding_share"]
 
 
-def check_bounds(manifest: ExampleManifest, max_drop: float, truncation: str) -> None:
-    """Raise DataError when a split lost more than `max_drop` of its records, or was cut where cutting is refused."""
+def check_bounds(manifest: ExampleManifest, max_drop: float, max_cut: float) -> None:
+    """Raise DataError when a split lost more than `max_drop` of its records, or more than `max_cut` were cut."""
     for split, facts in manifest.splits.items():
         lost = facts.dropped_records + facts.skipped_records
         seen = facts.records + facts.skipped_records
@@ -30,15 +31,20 @@ def check_bounds(manifest: ExampleManifest, max_drop: float, truncation: str) ->
                 f"{lost:,} of the {seen:,} {split} records ({lost / seen:.1%}) give no example, more than the "
                 f"{max_drop:.1%} of data.max_drop: {why}" + "".join(f"\n     {line}" for line in shown),
                 hint="mend these records (or raise data.sequence_length where they are too long); if they may be left "
-                f"out, set data.max_drop={min(1.0, np.ceil(100 * lost / seen) / 100):g}",
+                f"out, set data.max_drop={_share(lost, seen)}",
             )
-        if truncation == "refuse" and facts.truncated:
+        if facts.truncated > max_cut * facts.records:
             raise DataError(
-                f"{facts.truncated:,} of the {facts.records:,} {split} records do not fit in "
-                f"{manifest.sequence_length} tokens ({facts.cut_tokens:,} tokens too many), and data.truncation is "
-                "refuse",
-                hint="raise data.sequence_length, shorten the records, or set data.truncation: right or left",
+                f"{facts.truncated:,} of the {facts.records:,} {split} records ({facts.truncated / facts.records:.1%}) "
+                f"do not fit in {manifest.sequence_length} tokens and were cut ({facts.cut_tokens:,} tokens in all), "
+                f"more than the {max_cut:.1%} of data.max_cut",
+                hint=f"raise data.sequence_length, or set data.max_cut={_share(facts.truncated, facts.records)}",
             )
+
+
+def _share(part: int, whole: int) -> str:
+    """A share that holds, rounded up to percents."""
+    return f"{min(1.0, math.ceil(100 * part / whole) / 100):g}"
 
 
 def _most(counts: dict[str, int]) -> list[tuple[str, int]]:

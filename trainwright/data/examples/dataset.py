@@ -27,7 +27,7 @@ from trainwright.base.errors import DataError
 from trainwright.data.dataset import IGNORE
 from trainwright.data.examples.example import Feature, Piece
 from trainwright.data.examples.manifest import ExampleFacts, ExampleManifest, read_example_manifest
-from trainwright.data.examples.storage import Lines, flat, offsets_of, open_array, read_piece, split_arrays
+from trainwright.data.examples.storage import Lines, flat, offsets_of, open_array, read_piece, record_of, split_arrays
 from trainwright.data.mixture import RowGroup
 from trainwright.data.storage import BlockArray, hash_file
 
@@ -170,12 +170,11 @@ class ExampleDataset:
     # ---- records
 
     def records_of(self, split: str) -> Sequence[dict[str, Any]]:
-        """All records of a split, in file order, those that gave no example included; read on demand."""
-        return self._lines(split, "records", lambda line: json.loads(line)["fields"])
+        """All records of a split, in file order, those that gave no example included; read on demand.
 
-    def wheres_of(self, split: str) -> Sequence[str]:
-        """Where each record of a split came from, for people (file:line)."""
-        return self._lines(split, "records", lambda line: json.loads(line)["where"])
+        Each has its fields and "where" it came from, for people (file:line).
+        """
+        return self._lines(split, "records", lambda line: record_of(json.loads(line)))
 
     def records(self, split: str, rows: NDArray[np.integer] | Sequence[int]) -> list[dict[str, Any]]:
         """The record of each of these rows; of packed rows all their records, one behind the other."""

@@ -45,6 +45,8 @@ class ExampleFacts:
     dropped_examples: list[str]
     skipped: dict[str, int]
     """Records that could not be read, by kind (on_error: skip)."""
+    repaired: dict[str, int]
+    """What was mended in records, or parts of them that were left out, by kind; the records are used."""
     skipped_examples: list[str]
     groups: tuple[RowGroup, ...]
     unknown_tokens: int = 0

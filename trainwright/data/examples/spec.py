@@ -14,10 +14,9 @@ from trainwright.data.spec import TrainTokenizer, ValidationSpec, build_spec, li
 if TYPE_CHECKING:
     from trainwright.data.tokenizers import Tokenizer
 
-__all__ = ["AUTO_FRACTION", "ExampleSpec", "Packing", "Truncation", "example_spec"]
+__all__ = ["AUTO_FRACTION", "ExampleSpec", "Packing", "example_spec"]
 
 Packing = Literal["pad", "best_fit"]
-Truncation = Literal["right", "left", "refuse"]
 
 AUTO_FRACTION = 0.05  # of the training records, where `validation: auto` holds some out
 
@@ -40,7 +39,7 @@ class ExampleSpec:
         columns: expected name to the name that the files have.
         reading: further arguments of `data.records.read_records`: encoding, separator, names, scheme.
         max_drop: largest share of a split's records that may give no example.
-        truncation: "refuse" makes an example that was cut an error; which end is cut is the task's to know.
+        max_cut: largest share of a split's records that may be cut because they are too long; how is the task's to say.
         pad_multiple: batches are padded to the longest of their rows, rounded up to this.
         static: pad every batch to `sequence_length` (compilation, pipelines and context parallelism want one shape).
         task: the task's options as text. Datasets of equal text open without a look at the records; "" always looks.
@@ -57,7 +56,7 @@ class ExampleSpec:
     reading: Mapping[str, Any] = field(default_factory=dict)
     on_error: OnError = "stop"
     max_drop: float = 0.05
-    truncation: Truncation = "right"
+    max_cut: float = 1.0
     pad_multiple: int = 8
     static: bool = False
     weighted: bool = False
@@ -70,8 +69,9 @@ class ExampleSpec:
             raise ConfigError(f"packing is {self.packing!r}; expected 'pad' or 'best_fit' for examples")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length is {self.sequence_length}; expected at least 2")
-        if not 0 <= self.max_drop <= 1:
-            raise ConfigError(f"max_drop is {self.max_drop}; expected a share from 0 to 1")
+        for name, share in (("max_drop", self.max_drop), ("max_cut", self.max_cut)):
+            if not 0 <= share <= 1:
+                raise ConfigError(f"{name} is {share}; expected a share from 0 to 1")
         if self.pad_multiple < 1:
             raise ConfigError(f"pad_multiple is {self.pad_multiple}; expected at least 1")
         labels = [source.label for source in self.train]
@@ -108,7 +108,7 @@ def example_spec(
         reading={"encoding": data.encoding, "separator": data.separator, "names": data.names, "scheme": data.scheme},
         on_error=data.on_error,
         max_drop=data.max_drop,
-        truncation=data.truncation,
+        max_cut=data.max_cut,
         static=static,
         weighted=text.weighted,
         task="" if task is None else json.dumps(task.to_dict(), sort_keys=True, default=str),

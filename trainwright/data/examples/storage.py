@@ -37,6 +37,7 @@ __all__ = [
     "read_piece",
     "read_records",
     "record_line",
+    "record_of",
     "split_arrays",
 ]
 
@@ -189,6 +190,11 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for line in file:
             yield json.loads(line)
+
+
+def record_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as tasks see it: its fields, and "where" it came from, for messages."""
+    return {**stored["fields"], "where": stored["where"]}
 
 
 class Lines(Sequence[Any]):
