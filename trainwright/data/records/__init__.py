@@ -2,12 +2,12 @@
 
 from trainwright.data.records.formats import CONTAINERS, FORMATS
 from trainwright.data.records.reading import detect_format, read_records
-from trainwright.data.records.record import REPAIRS, SHAPES, TASK_SHAPES, Record, Shape, dropped_records
+from trainwright.data.records.record import NOTES, SHAPES, TASK_SHAPES, Record, Shape, dropped_records
 
 __all__ = [
     "CONTAINERS",
     "FORMATS",
-    "REPAIRS",
+    "NOTES",
     "SHAPES",
     "TASK_SHAPES",
     "Record",

@@ -135,7 +135,7 @@ def describe(value: Any) -> str:
 
 def suggestion(key: str, seen: Iterable[str], *wanted: str) -> str:
     """The line that would mend a missing column, with the column that is most likely meant."""
-    names = [str(name) for name in seen]
+    names = [str(name) for name in seen if str(name) not in ("id", "idx")]
     known = {name for shape in SHAPES.values() for aliases in shape.columns.values() for name in aliases}
     close = next((found for word in (key, *wanted) if (found := nearest(word, names)) is not None), None)
     left = [name for name in names if name not in known]

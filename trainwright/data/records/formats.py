@@ -5,7 +5,10 @@ from __future__ import annotations
 from trainwright.data.records.chat import CHAT
 from trainwright.data.records.labelled import LABELLED
 from trainwright.data.records.opened import Format
+from trainwright.data.records.pairs import ANCHORS, PAIRS
+from trainwright.data.records.qa import QA
 from trainwright.data.records.record import SHAPES
+from trainwright.data.records.relation import RELATION
 from trainwright.data.records.running_text import text_formats
 from trainwright.data.records.tagged import TAGGED
 
@@ -21,6 +24,10 @@ FORMATS: dict[str, dict[str, Format]] = {
         "messages": CHAT,
         "labelled": LABELLED,
         "tagged": TAGGED,
+        "relation": RELATION,
+        "qa": QA,
+        "pair": PAIRS,
+        "anchors": ANCHORS,
     }.items()
 }
 """Names of the formats of every shape."""

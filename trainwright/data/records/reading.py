@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.text import did_you_mean
 from trainwright.data.documents import OnError, Policy, Problems, Shard, SourceSpec, fields_seen
-from trainwright.data.records.columns import check_columns, suggestion
+from trainwright.data.records.columns import Columns, check_columns, suggestion
 from trainwright.data.records.formats import CONTAINERS, FORMATS
 from trainwright.data.records.opened import FilePolicy, Format, Opened, Options, checked_encoding
 from trainwright.data.records.parallel import is_parallel, read_parallel
-from trainwright.data.records.record import SHAPES, Record, Shape
+from trainwright.data.records.record import SHAPES, Record, Shape, Unusable
 from trainwright.data.records.tables import has_header
 from trainwright.data.sources import list_shards
 
@@ -180,7 +180,7 @@ def _by_lines(opened: Opened, named: Format | None) -> Format | None:
             return one
     if opened.shard.format != "text":
         return None
-    what = f"{opened.shard.url}: its first line is {filled[0]!r:.80}"
+    what = f"{opened.shard.url}: the first line is {filled[0]!r:.80}"
     raise DataError(f"{what}; expected {_expected(opened.shape)}", hint=_fix(opened.shape))
 
 
@@ -190,10 +190,9 @@ def _by_cells(opened: Opened, named: Format | None, first: Sequence[str]) -> For
     for one in _of_level(opened, "cells"):
         if one.matches([list(first)], opened.options):
             return one
-    seen = fields_seen("", first).replace("it has", "its first row is", 1)
     raise DataError(
-        f"{opened.shard.url}:1: {seen}; expected {_expected(opened.shape)}",
-        hint=f"name the columns: data.columns: {{{opened.shape.needs[0]}: ...}}",
+        f"{opened.shard.url}:1: the first row is {', '.join(first)!r:.80}; expected {_expected(opened.shape)}",
+        hint=f"name the columns in the first row, or write data.columns: {{{_key(opened.shape)}: ...}}",
     )
 
 
@@ -205,12 +204,26 @@ def _by_rows(opened: Opened) -> Format | None:
     for one in _of_level(opened, "rows"):
         if one.matches(rows, opened.options):
             return one
+    _refuse_missing(opened, rows[0], head[0].where)
     names = list(dict.fromkeys(str(name) for row in rows for name in row))
+    nearest = _nearest(opened.shape, rows)
     raise DataError(
-        f"{head[0].where}: {fields_seen(opened.shape.needs[0], names)}; expected {_expected(opened.shape)}"
-        f"{_nearest(opened, rows)}",
-        hint=_fix(opened.shape, names),
+        f"{head[0].where}: {fields_seen('', names)}; expected {_expected(opened.shape)}"
+        + (f"; these columns are {nearest.name}, which is {nearest.what}" if nearest else ""),
+        hint=f"give the file to a task for {nearest.shape}, or " + _fix(opened.shape, rows[0])
+        if nearest
+        else _fix(opened.shape, rows[0]),
     )
+
+
+def _refuse_missing(opened: Opened, row: Mapping[str, Any], where: str) -> None:
+    """A column that a person named and the file has not is the reason why nothing matched."""
+    columns = Columns(opened.shape, opened.options.columns)
+    for key in opened.options.columns:
+        try:
+            columns.find(row, key)
+        except Unusable as error:
+            raise DataError(f"{where}: {error.message}", hint=error.hint) from error
 
 
 def _expected(shape: Shape) -> str:
@@ -218,18 +231,33 @@ def _expected(shape: Shape) -> str:
     return f"{shape.what} as one of: {', '.join(told)}"
 
 
-def _nearest(opened: Opened, rows: Sequence[Mapping[str, Any]]) -> str:
-    """`; these are the columns of squad, which qa reads`: another shape whose format fits."""
-    for name, formats in FORMATS.items():
-        if name in ("text", opened.shape.name):
-            continue
-        for one in formats.values():
-            if one.level == "rows" and len(one.keys) > 1 and one.matches(rows, Options()):
-                return f"; these columns are {one.name}, a format of {SHAPES[name].what} ({name})"
-    return ""
+@dataclass(frozen=True)
+class _Nearest:
+    name: str
+    shape: str
+    what: str
 
 
-def _fix(shape: Shape, names: Sequence[str] = ()) -> str:
-    if names:
-        return suggestion(shape.needs[0], names, *shape.columns.get(shape.needs[0], ()))
-    return f"name it: data.format: {next(iter(FORMATS[shape.name]))}"
+def _nearest(shape: Shape, rows: Sequence[Mapping[str, Any]]) -> _Nearest | None:
+    """The format of another shape that these rows are, the one with most columns."""
+    fitting = [
+        (len(one.keys), _Nearest(one.name, f"{SHAPES[name].what} ({name})", one.what))
+        for name, formats in FORMATS.items()
+        if name not in ("text", shape.name)
+        for one in formats.values()
+        if one.level == "rows" and len(one.keys) > 1 and one.matches(rows, Options())
+    ]
+    return max(fitting, key=lambda item: item[0])[1] if fitting else None
+
+
+def _key(shape: Shape) -> str:
+    """The column of the shape that matters first."""
+    return next(key for key in shape.needs if key != "id")
+
+
+def _fix(shape: Shape, row: Mapping[str, Any] | None = None) -> str:
+    if row is None:
+        return f"name it: data.format: {next(one for one in FORMATS[shape.name].values() if one.level == 'lines').name}"
+    columns = Columns(shape, {})
+    missing = next((key for key in shape.needs if key != "id" and not columns.has(row, key)), _key(shape))
+    return suggestion(missing, row, *shape.columns.get(missing, ()))

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainwright.data.documents import Problems
 
-__all__ = ["REPAIRS", "SHAPES", "TASK_SHAPES", "Record", "Shape", "Unusable", "dropped_records"]
+__all__ = ["NOTES", "SHAPES", "TASK_SHAPES", "Record", "Shape", "Unusable", "dropped_records"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +185,15 @@ TASK_SHAPES: dict[str, str] = {
 }
 """Which shape the records of a task have."""
 
-REPAIRS = frozenset({"tags-repaired", "entity-widened", "entity-overlapping", "offset-repaired", "answer-dropped"})
-"""Kinds of problems after which the record was still used."""
+NOTES = frozenset(
+    {"tags-repaired", "entity-widened", "entity-overlapping", "offset-repaired", "answer-dropped", "pair-apart"}
+)
+"""Kinds that are counted although no record was lost: what was mended, and pairs whose label says: not together."""
 
 
 def dropped_records(problems: Problems) -> int:
     """How many rows, or parts of files, gave no record."""
-    return sum(count for kind, count in problems.counts.items() if kind not in REPAIRS)
+    return sum(count for kind, count in problems.counts.items() if kind not in NOTES)
 
 
 class Unusable(Exception):

@@ -74,6 +74,10 @@ def _understood(opened: Opened, order: tuple[str, str]) -> dict[str, int]:
     head = [cells for _, cells in islice(opened.quietly().cells(), _HEAD)]
     fix = f"write data.columns: {{{order[0]}: 0, {order[1]}: 1}} with the right numbers, counted from 0"
     widths = {len(cells) for cells in head}
+    if len(head) > 1 and len(widths) == 1:
+        telling = [place for place in range(len(head[0])) if len({cells[place] for cells in head}) > 1]
+        if len(telling) == 2 and len(head[0]) > 2:  # `to title<TAB>abstract<TAB>title` (CSL): the rest never changes
+            return _roles([[cells[place] for place in telling] for cells in head], telling, opened, order)
     if widths != {2}:
         seen = ", ".join(str(width) for width in sorted(widths))
         raise DataError(
@@ -81,8 +85,16 @@ def _understood(opened: Opened, order: tuple[str, str]) -> dict[str, int]:
             f"(the first row is {head[0]!r:.80}); expected two columns, or a header",
             hint=fix,
         )
+    return _roles(head, [0, 1], opened, order)
+
+
+def _roles(
+    head: Sequence[Sequence[str]], places: Sequence[int], opened: Opened, order: tuple[str, str]
+) -> dict[str, int]:
+    """Which of two columns, that stand at `places`, is which."""
+    fix = f"write data.columns: {{{order[0]}: 0, {order[1]}: 1}} with the right numbers, counted from 0"
     if order[1] != "label":
-        return {order[0]: 0, order[1]: 1}
+        return {order[0]: places[0], order[1]: places[1]}
     labels = [place for place in (0, 1) if _are_labels([cells[place] for cells in head])]
     if len(labels) != 1:
         raise DataError(
@@ -97,9 +109,9 @@ def _understood(opened: Opened, order: tuple[str, str]) -> dict[str, int]:
             f"{opened.shard.url}:1: {head[0]!r:.80} looks like a header of unknown names, or like a class that is "
             "seen once",
             hint=f"write data.columns: {{{order[0]}: {head[0][1 - place]}, label: {head[0][place]}}} for a header, or "
-            f"{{{order[0]}: {1 - place}, label: {place}}} where there is none",
+            f"{{{order[0]}: {places[1 - place]}, label: {places[place]}}} where there is none",
         )
-    return {order[0]: 1 - place, order[1]: place}
+    return {order[0]: places[1 - place], order[1]: places[place]}
 
 
 def _are_labels(cells: Sequence[str]) -> bool:

@@ -62,8 +62,13 @@ def _conll_columns(options: Options) -> tuple[int, int]:
     return places[0], places[1]
 
 
+def _cells(line: str) -> list[str]:
+    return line.split("\t") if "\t" in line else _SPACES.split(line.strip(" \t"))
+
+
 def _is_comment(cells: Sequence[str], width: int, line: str) -> bool:
-    return line.startswith("#") and (len(cells) != width or "=" in line or cells[1] == "id")
+    bare = line.startswith("#") and "\t" not in line
+    return bare and (len(cells) != width or "=" in line or cells[1] == "id")
 
 
 def _sentences(opened: Opened) -> Iterator[_Sentence]:
@@ -75,7 +80,7 @@ def _sentences(opened: Opened) -> Iterator[_Sentence]:
     broken = False
     for number, line in opened.lines():
         bare = line.strip(" \t")
-        cells = line.split("\t") if "\t" in line else _SPACES.split(bare)
+        cells = _cells(line)
         if not bare or cells[0] == _DOCSTART:
             if words and not broken:
                 yield first, words, tags
@@ -111,7 +116,7 @@ def _from_conll(opened: Opened) -> Iterator[Record]:
 
 
 def _looks_like_conll(head: Sequence[str], options: Options) -> bool:
-    rows = [_SPACES.split(line.strip(" \t")) for line in head if line.strip() and not line.startswith(("#", _DOCSTART))]
+    rows = [_cells(line) for line in head if line.strip() and not line.startswith(("#", _DOCSTART))]
     if not rows or min(len(row) for row in rows) < 2:
         return False
     same = len({len(row) for row in rows}) == 1
@@ -141,7 +146,7 @@ def _tag_names(value: Any, options: Options) -> list[str]:
                 raise Unusable(
                     "bad-tags",
                     f"column 'tags' holds the number {tag}, and there are {len(options.names)} names of tags",
-                    "give the names in order: data.label_names: [O, B-PER, I-PER, ...]",
+                    "give the names in order: data.names: [O, B-PER, I-PER, ...]",
                 )
             names.append(options.names[tag])
         else:
@@ -268,7 +273,7 @@ TAGGED: tuple[Format, ...] = (
     Format(
         "tokens",
         "rows",
-        "tokens, and tags or ner_tags: names, or numbers with data.label_names",
+        "tokens, and tags or ner_tags: names, or numbers with data.names",
         ("tokens", "tags"),
         looks_like_rows(_SHAPE, "tokens"),
         _from_tokens,
