@@ -12,6 +12,7 @@ from trainwright.base.errors import DataError
 from trainwright.data.examples.example import Feature
 from trainwright.data.manifest import MANIFEST_NAME
 from trainwright.data.mixture import RowGroup
+from trainwright.data.records.record import NOTES
 from trainwright.data.storage import FileFacts
 
 __all__ = ["KIND", "SCHEMA", "ExampleFacts", "ExampleManifest", "is_examples", "read_example_manifest"]
@@ -65,7 +66,7 @@ class ExampleFacts:
 
     @property
     def skipped_records(self) -> int:
-        return sum(self.skipped.values())
+        return sum(count for kind, count in self.skipped.items() if kind not in NOTES)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ExampleFacts:
