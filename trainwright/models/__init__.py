@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trainwright.models.attach import attach_head
 from trainwright.models.backbone import Backbone
+from trainwright.models.bert import BertConfig
 from trainwright.models.cache import KVCache
 from trainwright.models.checks import check_vocabulary
 from trainwright.models.counting import (
@@ -13,6 +14,7 @@ from trainwright.models.counting import (
     count_parameters,
 )
 from trainwright.models.decoder import Decoder
+from trainwright.models.encoder import Encoder
 from trainwright.models.exporting import save_pretrained
 from trainwright.models.gpt2 import GPT2Config
 from trainwright.models.heads import HeadSpec
@@ -35,7 +37,9 @@ from trainwright.models.weights import kept_tensors
 
 __all__ = [
     "Backbone",
+    "BertConfig",
     "Decoder",
+    "Encoder",
     "GPT2Config",
     "HeadSpec",
     "KVCache",

@@ -28,9 +28,11 @@ def attend(
     dropout: float = 0.0,
     kept: KeptWeights | None = None,
     backend: str = "auto",
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention of q [B, T, Hq, D] over k, v [B, T, Hkv, D] and what the cache holds; returns [B, T, Hq, D].
+    """Attention of q [B, T, Hq, D] over k, v [B, T, Hkv, D] and what the cache holds; returns [B, T, Hq, D].
 
+    causal: a token sees itself and those before it; without, all (then there is no cache and no window).
     document_ids [B, T] restricts each token to its own document; key_mask [B, S] (True = real token) hides padding.
     dropout is the probability of dropping an attention weight; above zero it costs a [B, Hq, T, T] matrix. kept says
     which weights stay (without a cache); None leaves it to torch's generator.
@@ -42,7 +44,7 @@ def attend(
         if key_mask is not None:
             key_mask = key_mask[:, -k.shape[1] :]
     if dropout > 0.0:
-        allowed = _allowed(q, k, document_ids, key_mask, window)
+        allowed = _allowed(q, k, document_ids, key_mask, window, causal)
         if kept is not None and cache is None:
             return _attention_with_kept(q, k, v, allowed, scale, kept)
         out = F.scaled_dot_product_attention(
@@ -55,7 +57,17 @@ def attend(
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return out.transpose(1, 2)
-    return attention(q, k, v, document_ids=document_ids, window=window, scale=scale, key_mask=key_mask, backend=backend)
+    return attention(
+        q,
+        k,
+        v,
+        document_ids=document_ids,
+        window=window,
+        scale=scale,
+        key_mask=key_mask,
+        backend=backend,
+        causal=causal,
+    )
 
 
 class SelfAttention(nn.Module):
@@ -69,11 +81,13 @@ class SelfAttention(nn.Module):
     attend: Callable[..., Tensor] = staticmethod(attend)
 
 
-def _allowed(q: Tensor, k: Tensor, document_ids: Tensor | None, key_mask: Tensor | None, window: int | None) -> Tensor:
+def _allowed(
+    q: Tensor, k: Tensor, document_ids: Tensor | None, key_mask: Tensor | None, window: int | None, causal: bool
+) -> Tensor:
     """Which key each query may see, bool [B or 1, 1, T, S]."""
     query_index = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
     key_index = torch.arange(k.shape[1], device=q.device)[None, :]
-    allowed = key_index <= query_index
+    allowed = key_index <= query_index if causal else (key_index >= 0) & (query_index >= 0)
     if window is not None:
         allowed = allowed & (key_index > query_index - window)
     allowed = allowed[None, None]

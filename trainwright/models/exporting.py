@@ -23,6 +23,7 @@ from trainwright.base.errors import ModelError
 from trainwright.base.faults import fault_point
 from trainwright.base.safetensors_file import DTYPE_CODES, INDEX_NAME, StoredTensor, write_folder
 from trainwright.models.backbone import Backbone
+from trainwright.models.head_files import head_to_hf
 from trainwright.models.registry import ModelConfig, family_of
 from trainwright.models.weights import kept_tensors
 
@@ -107,11 +108,13 @@ def save_weights(
             stored, lambda tensor: _bytes_of(config, source, places, tensor), place=place, max_bytes=max_shard_bytes
         )
         main = next(iter(source.dtypes.values()))
-        _write_json(place("generation_config.json"), _generation(config, generation))
-        _write_json(place("config.json"), _config(config, dtype or main))
-        finals += ["generation_config.json", "config.json"]
-        for name in finals[-2:]:
+        documents = {"config.json": _config(config, dtype or main)}
+        if config.head is None and config.family != "bert":  # what writes text
+            documents = {"generation_config.json": _generation(config, generation), **documents}
+        for name, document in documents.items():
+            _write_json(place(name), document)
             _sync(_beside(folder, name))
+            finals.append(name)
         fault_point("model.before_commit")
         for name in finals:
             os.replace(_beside(folder, name), folder / name)
@@ -179,7 +182,7 @@ def _places(config: ModelConfig, source: WeightSource) -> dict[str, tuple[str, i
     return {
         part.name: (name, part.row)
         for name, shape in source.shapes.items()
-        for part in weights.parts(config, name, shape)
+        for part in weights.placed(config, name, shape)
     }
 
 
@@ -215,7 +218,7 @@ def _view(tensor: Tensor) -> memoryview:
 
 def _config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     stored = str(dtype).removeprefix("torch.")
-    return {**config.to_hf(), "dtype": stored, "torch_dtype": stored}
+    return {**config.to_hf(), **head_to_hf(config), "dtype": stored, "torch_dtype": stored}
 
 
 def _generation(config: ModelConfig, generation: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -225,11 +228,12 @@ def _generation(config: ModelConfig, generation: Mapping[str, Any] | None) -> di
 
 
 def _remove_stale(folder: Path, kept: set[str]) -> None:
-    """Weights of an earlier save under other names would be loaded, or waste the disk."""
+    """What an earlier save left under other names would be loaded, or waste the disk."""
     for path in (
         *folder.glob("model.safetensors"),
         *folder.glob("model-?????-of-?????.safetensors"),
         folder / INDEX_NAME,
+        folder / "generation_config.json",
     ):
         if path.name not in kept:
             path.unlink(missing_ok=True)

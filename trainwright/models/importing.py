@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from trainwright.base.errors import ModelError
 from trainwright.models.backbone import Backbone
+from trainwright.models.initialise import initial_value
+from trainwright.models.matching import TensorFiles, match_tensors
 from trainwright.models.registry import ModelConfig, build_model, config_from_dict, family_of
 from trainwright.models.weights import kept_tensors
 
@@ -49,17 +50,23 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def load_pretrained(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    config: ModelConfig | None = None,
+    seed: int | None = None,
 ) -> Backbone:
-    """The model of a local Hugging Face folder, in evaluation mode.
+    """The model of a local Hugging Face folder, in evaluation mode, with the head that the folder has.
 
     dtype: of the parameters; None takes what config.json says the weights are (float32 where it says nothing).
+    config, seed: see `Pretrained`.
 
     Raises:
         ModelError: unknown architecture, unsupported feature, pickle weights, damaged file, or tensors that are
             missing, unexpected or of another shape (each named).
     """
-    pretrained = Pretrained(folder)
+    pretrained = Pretrained(folder, config, seed=seed)
     model = build_model(pretrained.config, device="meta", dtype=dtype or pretrained.dtype)
     model.to_empty(device=device)
     model.tie_weights()
@@ -72,18 +79,29 @@ def load_pretrained(
 class Pretrained:
     """The weights of a local Hugging Face folder, checked by name and shape when it is opened and read one at a time.
 
+    Args:
+        config: of the model that gets the weights: the folder's own, perhaps with another head (`config.head`);
+            default the folder's.
+        seed: of the parameters of a head that the folder does not have. None refuses to go without them.
+
     Attributes:
         config: of the model.
+        fresh: names of the parameters that the folder does not have, and that start at random.
+        notes: sentences for people about these, and about a head of the folder that the model does not use.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, config: ModelConfig | None = None, *, seed: int | None = None) -> None:
         """Raises ModelError as `load_pretrained` does; no weight is read yet."""
         folder = Path(folder)
-        self.config = load_config(folder)
+        theirs = load_config(folder)
+        self.config = theirs if config is None else config
+        self._seed = seed
         self._folder = folder
-        self._tensors = _TensorFiles(folder, _weight_files(folder))
+        self._tensors = TensorFiles(folder, _weight_files(folder))
         self._weights = family_of(self.config).weights
-        self._sources = _match(build_model(self.config, device="meta"), self.config, self._tensors)
+        matched = match_tensors(build_model(self.config, device="meta"), theirs, self._tensors, fresh=seed is not None)
+        self._sources, self.fresh = matched.sources, matched.fresh
+        self.notes = tuple(f"{folder}: {note}" for note in matched.notes)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,7 +116,11 @@ class Pretrained:
 
     def read_into(self, name: str, value: torch.Tensor) -> None:
         """Write the whole parameter or kept buffer `name` into `value`."""
-        for part in self._weights.parts(self.config, name, value.shape):
+        if name in self.fresh:
+            assert self._seed is not None, "without a seed nothing is missing"
+            value.copy_(initial_value(name, value.shape, self.config, self._seed))
+            return
+        for part in self._weights.placed(self.config, name, value.shape):
             place = value if part.row is None else value[part.row]
             read = self._tensors.read(self._sources[part.name])
             place.copy_(self._weights.from_file(self.config, part.name, read))
@@ -135,89 +157,3 @@ def _weight_files(folder: Path) -> list[str]:
             hint="convert it where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
         )
     raise ModelError(f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json")
-
-
-class _TensorFiles:
-    """The tensors of one or several safetensors files, opened lazily and mapped, not read."""
-
-    def __init__(self, folder: Path, files: Sequence[str]) -> None:
-        self._handles: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name in files:
-            path = folder / name
-            try:
-                handle = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"{path} cannot be read as safetensors: {error}",
-                    hint="the file is damaged or cut off; get it again",
-                ) from error
-            for key in handle.keys():  # noqa: SIM118 - the handle is not a dict
-                if key in self._handles:
-                    raise ModelError(f"{folder}: tensor {key!r} is in more than one file")
-                self._handles[key] = handle
-                self.shapes[key] = tuple(handle.get_slice(key).get_shape())
-
-    def read(self, key: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._handles[key].get_tensor(key)
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ModelError(f"tensor {key!r} is {tensor.dtype}; expected floating-point weights of 16 bits or more")
-        return tensor
-
-
-def _match(model: Backbone, config: ModelConfig, tensors: _TensorFiles) -> dict[str, str]:
-    """Where in the files each tensor that the model needs is; ModelError names all that do not fit, before memory is
-    taken."""
-    weights = family_of(config).weights
-    expected = {
-        part.name: shape
-        for name, value in kept_tensors(model).items()
-        for part, shape in weights.file_shapes(config, name, value.shape).items()
-    }
-    seen: dict[str, str] = {}
-    for key in tensors.shapes:
-        if key.endswith(weights.ignored):
-            continue
-        name = key if key in expected or not _lacks_prefix(key, weights.prefix) else weights.prefix + key
-        seen[name] = key
-    missing = [name for name in expected if name not in seen]
-    wrong = [
-        f"{name} is {list(tensors.shapes[seen[name]])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in seen and tensors.shapes[seen[name]] != shape
-    ]
-    zeros = weights.zeros(config)
-    unexpected = [name for name in seen if name not in expected and name not in zeros]
-    if config.tie_embeddings and "lm_head.weight" in unexpected:
-        _check_tied(model, config, tensors, seen)
-        unexpected.remove("lm_head.weight")
-    for name in (name for name in zeros if name in seen):
-        if tensors.read(seen[name]).count_nonzero():
-            unexpected.append(f"{name} (config.json says bias=false but it is not zero)")
-    problems = [
-        f"{len(names)} {what}: {'; '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        if names
-    ]
-    if problems:
-        raise ModelError(
-            f"the weights do not fit the configuration (tensors): {' | '.join(problems)}",
-            hint="config.json and the safetensors files must come from the same model",
-        )
-    return seen
-
-
-def _lacks_prefix(key: str, prefix: str) -> bool:
-    return not key.startswith((prefix, "lm_head."))
-
-
-def _check_tied(model: Backbone, config: ModelConfig, tensors: _TensorFiles, seen: dict[str, str]) -> None:
-    (kept, _), *_ = family_of(config).plan(config).tied
-    if kept not in seen:
-        return
-    head, embedding = tensors.read(seen["lm_head.weight"]), tensors.read(seen[kept])
-    if not torch.equal(head, embedding):
-        raise ModelError(
-            f"config.json ties the output head to the embedding, but lm_head.weight differs from {kept}",
-            hint="set tie_word_embeddings to false in config.json",
-        )

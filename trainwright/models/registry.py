@@ -13,11 +13,18 @@ import torch
 from trainwright.base.errors import ModelError
 from trainwright.models.attach import attach_head
 from trainwright.models.backbone import Backbone
+from trainwright.models.bert.config import BERT_ARCHITECTURES, BertConfig
+from trainwright.models.bert.model import BertForMaskedLM
+from trainwright.models.bert.plan import plan as bert_plan
+from trainwright.models.bert.presets import BERT_PRESETS
+from trainwright.models.bert.weights import BERT_WEIGHTS
 from trainwright.models.gpt2.config import GPT2Config
 from trainwright.models.gpt2.model import GPT2LMHeadModel
 from trainwright.models.gpt2.plan import plan as gpt2_plan
 from trainwright.models.gpt2.presets import GPT2_PRESETS
 from trainwright.models.gpt2.weights import GPT2_WEIGHTS
+from trainwright.models.head_files import head_from_hf
+from trainwright.models.heads import head_module_name
 from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.models.hugging_face.library import is_known
 from trainwright.models.hugging_face.model import build_hugging_face
@@ -50,7 +57,7 @@ __all__ = [
     "replace",
 ]
 
-ModelConfig = LlamaConfig | GPT2Config | MoEConfig | HuggingFaceConfig
+ModelConfig = LlamaConfig | GPT2Config | MoEConfig | BertConfig | HuggingFaceConfig
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", ARCHITECTURES, LlamaConfig, LlamaForCausalLM, LLAMA_PRESETS, llama_plan, LLAMA_WEIGHTS),
     "gpt2": Family("gpt2", ("gpt2",), GPT2Config, GPT2LMHeadModel, GPT2_PRESETS, gpt2_plan, GPT2_WEIGHTS),
+    "bert": Family("bert", BERT_ARCHITECTURES, BertConfig, BertForMaskedLM, BERT_PRESETS, bert_plan, BERT_WEIGHTS),
     "moe": Family("moe", MOE_ARCHITECTURES, MoEConfig, MoEForCausalLM, MOE_PRESETS, moe_plan, MOE_WEIGHTS),
     # Every architecture of transformers that no other family has.
     "transformers": Family(
@@ -84,7 +92,11 @@ def family_of(config: ModelConfig) -> Family:
 
 def model_plan(config: ModelConfig) -> ModelPlan:
     """Where the parts of a model are, as plain data."""
-    return family_of(config).plan(config)
+    plan = family_of(config).plan(config)
+    if config.head is None or isinstance(config, HuggingFaceConfig):
+        return plan
+    head = head_module_name(config.to_hf()["model_type"], config.head.kind)
+    return dataclasses.replace(plan, head=head, tied=(), head_rest=())
 
 
 def presets() -> dict[str, ModelConfig]:
@@ -148,7 +160,7 @@ def config_from_dict(values: Mapping[str, Any], *, native: bool = True) -> Model
     for family in FAMILIES.values():
         if native and model_type in family.model_types:
             config: ModelConfig = family.config_class.from_hf(dict(values))
-            return config
+            return dataclasses.replace(config, head=head_from_hf(values))
     if is_known(model_type):
         return HuggingFaceConfig.from_hf(values)
     known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)

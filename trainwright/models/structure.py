@@ -34,6 +34,8 @@ class ModelPlan:
     position_embedding: learned positions, or None where positions are computed.
     tied: pairs (kept, alias) of parameter names that are one parameter.
     cheap: modules whose output takes little compute against the memory it holds: recompute these first.
+    before: the module that holds all that comes before the blocks; None where only the embeddings do.
+    embedding_rest, head_rest: other modules with parameters before the blocks, and between the final norm and the head.
     """
 
     blocks: str
@@ -46,3 +48,11 @@ class ModelPlan:
     linears: tuple[SplitLinear, ...]
     norms: tuple[str, ...]
     cheap: tuple[str, ...]
+    before: str | None = None
+    embedding_rest: tuple[str, ...] = ()
+    head_rest: tuple[str, ...] = ()
+
+    @property
+    def head_module(self) -> str:
+        """The module that holds the head and all that only it needs."""
+        return self.head.partition(".")[0]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from trainwright.models.head_files import file_prefix
+
 __all__ = ["FilePart", "WeightFormat", "kept_tensors"]
 
 
@@ -16,6 +18,10 @@ class FilePart(NamedTuple):
 
     name: str
     row: int | None
+
+
+def _same_name(name: str) -> str:
+    return name
 
 
 def _whole(config: Any, name: str, shape: Sequence[int]) -> list[FilePart]:
@@ -33,7 +39,7 @@ def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
 class WeightFormat:
     """The border between our parameters and a checkpoint file.
 
-    prefix: trunk prefix (`model.`) that files saved from the bare trunk leave out.
+    prefix: what the trunk's parameters begin with (`model.`); files saved from the bare trunk leave it out.
     to_file, from_file: (config, name, tensor) -> tensor in the other side's layout.
     file_shape: (name, shape of our parameter) -> its shape in the file.
     zeros: config -> names and shapes that the file needs and our model does not have (all zero).
@@ -41,6 +47,8 @@ class WeightFormat:
     parts: (config, name, shape of our parameter) -> the tensors of the file that it is made of, where these are others
         than the one of its name: either one, or one for each row. The other functions get the name in the file.
     fp32: name endings of tensors that stay fp32 whatever the type of the others.
+    other_name: a name that files of some releases have -> today's name of the same tensor.
+    unused: beginnings of tensors that files may have and nothing here needs.
     """
 
     prefix: str
@@ -51,10 +59,24 @@ class WeightFormat:
     ignored: tuple[str, ...]
     parts: Callable[[Any, str, Sequence[int]], list[FilePart]] = _whole
     fp32: tuple[str, ...] = ()
+    other_name: Callable[[str], str] = _same_name
+    unused: tuple[str, ...] = ()
+
+    def placed(self, config: Any, name: str, shape: Sequence[int]) -> list[FilePart]:
+        """`parts`, under the names that the class which the configuration is saved as has for its trunk."""
+        prefix = file_prefix(config, self.prefix)
+        parts = self.parts(config, name, shape)
+        if prefix == self.prefix:
+            return parts
+        renamed = []
+        for part in parts:
+            inner = part.name.removeprefix(self.prefix)
+            renamed.append(part if inner == part.name else FilePart(prefix + inner, part.row))
+        return renamed
 
     def file_shapes(self, config: Any, name: str, shape: Sequence[int]) -> dict[FilePart, tuple[int, ...]]:
         """The parts of a parameter and their shapes in the file."""
         return {
             part: self.file_shape(part.name, shape if part.row is None else shape[1:])
-            for part in self.parts(config, name, shape)
+            for part in self.placed(config, name, shape)
         }

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from trainwright.base.errors import ModelError
 
 __all__ = [
+    "Gradients",
     "LossSums",
     "auto_chunk_tokens",
     "capped",
+    "check_shapes",
     "compute_type",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
@@ -57,6 +59,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -64,7 +67,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     compiled: bool = False,
 ) -> LossSums:
-    """Loss sums of logits = hidden [N, D] @ weight [V, D].T against labels [N] int64, `chunk_tokens` rows at a time.
+    """Loss sums of logits = hidden [N, D] @ weight [V, D].T + bias [V] against labels [N] int64, `chunk_tokens` rows at
+    a time.
 
     Per counted token: (1 - label_smoothing) * -log p(label) + label_smoothing * mean over words of -log p(word)
     + z_loss * logsumexp^2 (PaLM, arXiv 2204.02311). softcap c: logits become c * tanh(logits / c) (Gemma 2).
@@ -74,17 +78,24 @@ def linear_cross_entropy(
     products runs under torch.compile (recompiles once for each shape of chunk). Raises ModelError when the shapes do
     not fit.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
-        raise ModelError(
-            f"linear_cross_entropy got hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
-            f"labels {tuple(labels.shape)}",
-            hint="hidden is [tokens, width], weight [vocabulary, width], labels [tokens]",
-        )
+    check_shapes("linear_cross_entropy", hidden, weight, labels, bias)
     compute = compute_type(hidden)
     if chunk_tokens is None:
         chunk_tokens = auto_chunk_tokens(hidden.shape[0], weight.shape[0], compute, hidden.device.type)
     options = _Options(ignore_index, label_smoothing, z_loss, chunk_tokens, softcap, compute, compiled)
-    return loss_with_gradients(partial(_forward, labels=labels, options=options), hidden, weight)
+    return loss_with_gradients(partial(_forward, labels=labels, options=options), hidden, weight, bias)
+
+
+def check_shapes(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """ModelError unless hidden [N, D], weight [V, D], labels [N] and bias [V] go together."""
+    fits = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and labels.shape == hidden.shape[:1]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        with_bias = "" if bias is None else f", bias {tuple(bias.shape)}"
+        raise ModelError(
+            f"{name} got hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
+            f"labels {tuple(labels.shape)}{with_bias}",
+            hint="hidden is [tokens, width], weight [vocabulary, width], labels [tokens], bias [vocabulary]",
+        )
 
 
 def compute_type(hidden: Tensor) -> torch.dtype:
@@ -104,8 +115,9 @@ def auto_chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype, device_t
     return max(1, min(tokens, -(-each // 64) * 64))
 
 
-Computation = Callable[..., tuple[LossSums, Tensor | None, Tensor | None]]
-"""(hidden, weight, grad_hidden=, grad_weight=) -> the sums and the gradients asked for."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Computation = Callable[..., tuple[LossSums, Gradients]]
+"""(hidden, weight, bias, wanted=) -> the sums, and those gradients in the three that are wanted."""
 
 
 class _Options(NamedTuple):
@@ -118,62 +130,66 @@ class _Options(NamedTuple):
     compiled: bool
 
 
-def loss_with_gradients(compute: Computation, hidden: Tensor, weight: Tensor) -> LossSums:
-    """What `compute(hidden, weight, grad_hidden=, grad_weight=)` returns, its gradients given to autograd.
+def loss_with_gradients(compute: Computation, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> LossSums:
+    """What `compute(hidden, weight, bias, wanted=)` returns, its gradients given to autograd.
 
-    compute: returns the sums and, where asked for, the gradients of loss_sum in hidden and in weight.
+    compute: returns the sums and, where wanted, the gradients of loss_sum in hidden, weight and bias.
     """
-    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-        return compute(hidden, weight, grad_hidden=False, grad_weight=False)[0]
-    return LossSums(*_LossWithGradients.apply(hidden, weight, compute))
+    trained = any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
+    if not (torch.is_grad_enabled() and trained):
+        return compute(hidden, weight, bias, wanted=(False, False, False))[0]
+    return LossSums(*_LossWithGradients.apply(hidden, weight, bias, compute))
 
 
 class _LossWithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, compute: Computation) -> tuple[Tensor, ...]:
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        sums, grad_hidden, grad_weight = compute(hidden, weight, grad_hidden=want_hidden, grad_weight=want_weight)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: Computation
+    ) -> tuple[Tensor, ...]:
+        sums, gradients = compute(hidden, weight, bias, wanted=tuple(ctx.needs_input_grad[:3]))
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*sums[1:])
         return tuple(sums)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad_loss).to(hidden_dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(weight_dtype)
-        return grad_hidden, grad_weight, None
+        saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in saved), None
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, *, labels: Tensor, options: _Options, grad_hidden: bool, grad_weight: bool
-) -> tuple[LossSums, Tensor | None, Tensor | None]:
-    """Loss sums and, where asked, gradients of loss_sum in hidden (compute dtype) and weight (fp32)."""
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    labels: Tensor,
+    options: _Options,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[LossSums, Gradients]:
+    """Loss sums and, where wanted, gradients of loss_sum in hidden (compute dtype), weight and bias (fp32)."""
     wide = torch.promote_types(options.compute, torch.float32)
-    with_grad = grad_hidden or grad_weight
     statistics = _compiled_statistics() if options.compiled else _statistics
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         narrow, head = hidden.to(options.compute), weight.to(options.compute)
-        hidden_grad = torch.empty_like(narrow) if grad_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=wide) if grad_weight else None
+        addend = None if bias is None else bias.to(options.compute)
+        hidden_grad = torch.empty_like(narrow) if wanted[0] else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        bias_grad = torch.zeros_like(bias, dtype=wide) if wanted[2] and bias is not None else None
         rows = []
         for start in range(0, hidden.shape[0], options.chunk_tokens):
             inside = slice(start, start + options.chunk_tokens)
             chunk = narrow[inside]
-            raw = chunk @ head.t()
+            raw = chunk @ head.t() if addend is None else torch.addmm(addend, chunk, head.t())
             targets = torch.where(labels[inside] != options.ignore_index, labels[inside], 0)
             tokens = torch.arange(len(targets), device=targets.device)
             chosen = raw[tokens, targets]
             counts = (labels[inside] != options.ignore_index).to(wide)
             row_sums, logits_grad, chosen_grad = statistics(
-                raw, chosen, counts, options.label_smoothing, options.z_loss, options.softcap, with_grad
+                raw, chosen, counts, options.label_smoothing, options.z_loss, options.softcap, any(wanted)
             )
             rows.append(row_sums)
-            if with_grad:
+            if any(wanted):
                 logits_grad[tokens, targets] = (
                     chosen_grad  # not scatter_: on CPU that copies all of a bf16 tensor, twice
                 )
@@ -181,10 +197,13 @@ def _forward(
                 torch.mm(logits_grad, head, out=hidden_grad[inside])
             if weight_grad is not None:
                 weight_grad += logits_grad.t() @ chunk
+            if bias_grad is not None:
+                bias_grad += logits_grad.sum(0, dtype=wide)
         total = torch.cat(rows, 1).sum(1) if rows else torch.zeros(4, dtype=wide, device=hidden.device)
     loss_sum, z_sum, nll_sum, correct = total.unbind()
     count = (labels != options.ignore_index).sum()
-    return LossSums(loss_sum, count, z_sum, nll_sum, correct.to(torch.int64)), hidden_grad, weight_grad
+    sums = LossSums(loss_sum, count, z_sum, nll_sum, correct.to(torch.int64))
+    return sums, (hidden_grad, weight_grad, bias_grad)
 
 
 def _statistics(
@@ -241,6 +260,7 @@ def linear_cross_entropy_reference(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -252,6 +272,8 @@ def linear_cross_entropy_reference(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden.to(wide) @ weight.to(wide).t()
+        if bias is not None:
+            logits = logits + bias.to(wide)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         counted = labels != ignore_index

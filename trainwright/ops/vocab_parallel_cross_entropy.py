@@ -17,9 +17,11 @@ from torch import Tensor
 
 from trainwright.base.errors import ModelError
 from trainwright.ops.linear_cross_entropy import (
+    Gradients,
     LossSums,
     auto_chunk_tokens,
     capped,
+    check_shapes,
     compute_type,
     loss_with_gradients,
 )
@@ -49,6 +51,7 @@ def vocab_parallel_cross_entropy(
     labels: Tensor,
     part: VocabularyPart,
     *,
+    bias: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -58,16 +61,12 @@ def vocab_parallel_cross_entropy(
 ) -> LossSums:
     """`linear_cross_entropy` of hidden [N, D] and labels [N], the same on all processes, with a part of the head.
 
-    weight [rows, D] are the words `part.first` to `part.first + rows` of the head. The sums are those of the whole
-    vocabulary and equal on all processes; the gradient of `weight` is complete, that of `hidden` is this process's
-    part of it: the parts still have to be summed over the processes. Raises ModelError when the shapes do not fit.
+    weight [rows, D] and bias [rows] are the words `part.first` to `part.first + rows` of the head. The sums are those
+    of the whole vocabulary and equal on all processes; the gradients of weight and bias are complete, that of `hidden`
+    is this process's part of it: the parts still have to be summed over the processes. Raises ModelError when the
+    shapes do not fit.
     """
-    shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
-        raise ModelError(
-            f"vocab_parallel_cross_entropy got {shapes}",
-            hint="hidden is [tokens, width], weight [words here, width], labels [tokens]",
-        )
+    check_shapes("vocab_parallel_cross_entropy", hidden, weight, labels, bias)
     if part.first < 0 or part.first + weight.shape[0] > part.total:
         raise ModelError(f"words {part.first} to {part.first + weight.shape[0]} are not among the {part.total}")
     compute = compute_type(hidden)
@@ -75,7 +74,7 @@ def vocab_parallel_cross_entropy(
         widest = -(-part.total // part.parts)  # the same on all processes: they exchange chunk by chunk
         chunk_tokens = auto_chunk_tokens(hidden.shape[0], widest, compute, hidden.device.type)
     options = _Options(ignore_index, label_smoothing, z_loss, chunk_tokens, softcap, compute, compiled)
-    return loss_with_gradients(partial(_forward, labels=labels, part=part, options=options), hidden, weight)
+    return loss_with_gradients(partial(_forward, labels=labels, part=part, options=options), hidden, weight, bias)
 
 
 class _Options(NamedTuple):
@@ -91,27 +90,29 @@ class _Options(NamedTuple):
 def _forward(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     *,
     labels: Tensor,
     part: VocabularyPart,
     options: _Options,
-    grad_hidden: bool,
-    grad_weight: bool,
-) -> tuple[LossSums, Tensor | None, Tensor | None]:
-    """Loss sums and, where asked, gradients of loss_sum in hidden (compute dtype) and weight (fp32)."""
+    wanted: tuple[bool, bool, bool],
+) -> tuple[LossSums, Gradients]:
+    """Loss sums and, where wanted, gradients of loss_sum in hidden (compute dtype), weight and bias (fp32)."""
     wide = torch.promote_types(options.compute, torch.float32)
     summarise, derive = _compiled() if options.compiled else (_summary, _gradients)
     rows = weight.shape[0]
     counted = labels != options.ignore_index
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         narrow, head = hidden.to(options.compute), weight.to(options.compute)
-        hidden_grad = torch.empty_like(narrow) if grad_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=wide) if grad_weight else None
+        addend = None if bias is None else bias.to(options.compute)
+        hidden_grad = torch.empty_like(narrow) if wanted[0] else None
+        weight_grad = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        bias_grad = torch.zeros_like(bias, dtype=wide) if wanted[2] and bias is not None else None
         totals = []
         for start in range(0, hidden.shape[0], options.chunk_tokens):
             inside = slice(start, start + options.chunk_tokens)
             chunk = narrow[inside]
-            raw = chunk @ head.t()
+            raw = chunk @ head.t() if addend is None else torch.addmm(addend, chunk, head.t())
             own = labels[inside] - part.first
             here = counted[inside] & (own >= 0) & (own < rows)
             targets = torch.where(here, own, 0)
@@ -121,7 +122,7 @@ def _forward(
             counts = counted[inside].to(wide)
             merged = _merge(gathered, counts, part.total, options)
             totals.append(merged.sums)
-            if not (grad_hidden or grad_weight):
+            if not any(wanted):
                 continue
             grad, chosen_grad = derive(raw, chosen, merged.logsumexp, counts, part.total, options)
             # Written over, not subtracted from: 1 minus a rounded probability would lose confident tokens' gradients.
@@ -130,9 +131,12 @@ def _forward(
                 torch.mm(grad, head, out=hidden_grad[inside])
             if weight_grad is not None:
                 weight_grad += grad.t() @ chunk
+            if bias_grad is not None:
+                bias_grad += grad.sum(0, dtype=wide)
         total = torch.cat(totals, 1).sum(1) if totals else torch.zeros(4, dtype=wide, device=hidden.device)
     loss_sum, z_sum, nll_sum, correct = total.unbind()
-    return LossSums(loss_sum, counted.sum(), z_sum, nll_sum, correct.to(torch.int64)), hidden_grad, weight_grad
+    sums = LossSums(loss_sum, counted.sum(), z_sum, nll_sum, correct.to(torch.int64))
+    return sums, (hidden_grad, weight_grad, bias_grad)
 
 
 def _summary(raw: Tensor, raw_chosen: Tensor, here: Tensor, softcap: float | None) -> Tensor:
