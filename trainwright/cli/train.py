@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +34,12 @@ def train(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show warnings only (monitor.console=quiet).")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no live display.")] = False,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N|A,B,C", help="Train with N seeds, or with these; mean and deviation.")
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="k-fold cross-validation: train k runs, each validated on its own fold.")
+    ] = None,
 ) -> None:
     """Train what a recipe describes."""
     if quiet and plain:
@@ -46,12 +54,55 @@ def train(
     if dry_run or print_config:
         _show(loaded, plan=dry_run, values=print_config, processes=processes)
         return
+    if seeds is not None or folds is not None:
+        if resume not in ("never", "auto"):
+            raise ConfigError("--resume names one run, and --seeds and --folds make several", hint="leave --resume out")
+        if processes is None:
+            raise ConfigError(
+                "--seeds and --folds start their runs themselves, and these ranks run already",
+                hint="give launch.processes instead of starting the ranks with another launcher",
+            )
+        raise typer.Exit(_repeat(recipe, [*(overrides or ()), *console], seeds, folds, processes))
     if processes is not None and processes > 1:
         given = [recipe, *(overrides or ()), *console, "--resume", resume]
         raise typer.Exit(_launch(loaded, given, processes))
     from trainwright.trainer import Trainer
 
     Trainer(loaded, resume=resume).fit()
+
+
+def _repeat(recipe: str, overrides: list[str], seeds: str | None, folds: int | None, processes: int) -> int:
+    """Train several runs and print what they came to; 1 when one of them failed."""
+    from trainwright.base.errors import Interrupted, TrainwrightError
+    from trainwright.cli.failures import EXIT_INTERRUPTED
+    from trainwright.trainer import repeat
+
+    def in_processes(loaded: LoadedRecipe, own: Sequence[str]) -> None:
+        code = _launch(loaded, [recipe, *overrides, *own, "--resume", "auto"], processes)
+        if code in (EXIT_INTERRUPTED, Interrupted.exit_code, 128 + signal.SIGTERM):
+            raise Interrupted("stopped", hint="give the same command again to go on")
+        if code:
+            raise TrainwrightError(f"its processes ended with exit code {code}")
+
+    result = repeat(
+        recipe,
+        seeds=_seeds(seeds),
+        folds=folds,
+        overrides=overrides,
+        train=in_processes if processes > 1 else None,
+    )
+    print("\n".join(result.table()))
+    return 1 if result.failed else 0
+
+
+def _seeds(given: str | None) -> int | list[int] | None:
+    """`3` is how many, `0,7` which."""
+    try:
+        if given is None:
+            return None
+        return [int(part) for part in given.split(",") if part.strip()] if "," in given else int(given)
+    except ValueError:
+        raise ConfigError(f"--seeds {given}", hint="a number of seeds (3), or seeds with commas (0,7,11)") from None
 
 
 def _launch(loaded: LoadedRecipe, given: list[str], processes: int) -> int:

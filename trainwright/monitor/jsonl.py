@@ -13,7 +13,7 @@ from trainwright.monitor.records import from_json_line, to_json_line
 
 __all__ = ["JsonlSink", "read_history", "rewind_history"]
 
-DURABLE_KINDS = frozenset({"eval", "checkpoint.saved", "checkpoint.failed", "run.end"})
+DURABLE_KINDS = frozenset({"eval", "report", "checkpoint.saved", "checkpoint.failed", "run.end"})
 """After these the file is synced to disk: what they say must outlive a power cut."""
 
 

@@ -41,7 +41,14 @@ def from_json_line(line: bytes | str) -> Record:
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"a record is an object, this is {type(record).__name__}")
-    return {key: NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
+    return {key: _numbered(value) for key, value in record.items()}
+
+
+def _numbered(value: Any) -> Any:
+    """Non-finite numbers out of their words, in the record and in what it holds by name (metrics, baselines)."""
+    if isinstance(value, dict):
+        return {key: _numbered(entry) for key, entry in value.items()}
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

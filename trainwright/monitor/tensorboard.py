@@ -76,6 +76,9 @@ class TensorBoardSink:
                 self._scalars(record, {key: f"eval/{key}" for key in record if key not in BOOKKEEPING}, step)
                 baselines = record.get("baselines") or {}
                 self._scalars(baselines, {key: f"eval/baseline_{key}" for key in baselines}, step)
+                self._metrics(record, "eval", step)
+            case "report":
+                self._metrics(record, f"final_{record.get('split')}", step)
             case "sample":
                 assert self._writer is not None, "written before open"
                 self._writer.add_text("sample", str(record.get("text", "")), step)
@@ -86,6 +89,11 @@ class TensorBoardSink:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+    def _metrics(self, record: Record, folder: str, step: int) -> None:
+        """The task's own metrics."""
+        metrics = record.get("metrics") or {}
+        self._scalars(metrics, {key: f"{folder}/{key}" for key in metrics}, step)
 
     def _scalars(self, record: Record, tags: dict[str, str], step: int) -> None:
         assert self._writer is not None, "written before open"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainwright.base.events import Record
@@ -75,6 +75,8 @@ def describe(record: Record) -> list[str]:
     match record["kind"]:
         case "eval":
             return [_evaluation(record)]
+        case "report":
+            return [_report(record)]
         case "checkpoint.saved":
             return [_saved(record)]
         case "checkpoint.failed":
@@ -119,14 +121,44 @@ def _memory(used: float, total: float | None) -> str:
     return f"{used / 2**30:.1f}/{total / 2**30:.0f} GiB"
 
 
+SHOWN_METRICS = 6
+"""Metrics on a line of the terminal; the files have all of them."""
+
+
 def _evaluation(record: Record) -> str:
-    parts = [f"eval at step {record.get('step')}", f"validation loss {_shown(record.get('loss'), '.4f')}"]
-    if record.get("perplexity") is not None:
+    metrics = _metrics(record)
+    parts = [f"eval at step {record.get('step')}", *metrics[:1]]
+    parts.append(f"validation loss {_shown(record.get('loss'), '.4f')}")
+    if record.get("perplexity") is not None and not metrics:
         parts.append(f"perplexity {_shown(record['perplexity'], '.4g')}")
+    parts += metrics[1:]
     baselines = record.get("baselines") or {}
     if baselines:
         parts.append(", ".join(f"{name} baseline {_shown(loss, '.4f')}" for name, loss in baselines.items()))
     return SEPARATOR.join(parts)
+
+
+def _report(record: Record) -> str:
+    metrics = _metrics(record)
+    parts = [f"{record.get('split')} at the end", *metrics[:1], f"loss {_shown(record.get('loss'), '.4f')}"]
+    return SEPARATOR.join([*parts, *metrics[1:]])
+
+
+def _metrics(record: Record) -> list[str]:
+    """The task's metrics as text: the one that models are compared by (`metric`) first, then the others, not all."""
+    values = record.get("metrics")
+    if not isinstance(values, Mapping):
+        return []
+    first = [name for name in values if name == record.get("metric")]
+    names = first + [name for name in values if name not in first and name != "loss"]
+    more = [f"+{len(names) - SHOWN_METRICS} more"] if len(names) > SHOWN_METRICS else []
+    return [f"{name} {_metric(values[name])}" for name in names[:SHOWN_METRICS]] + more
+
+
+def _metric(value: Any) -> str:
+    """Four digits behind the point for fractions, two for scores up to 100."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return _shown(value, ".4f" if number and abs(value) < 10 else ".2f")
 
 
 def _saved(record: Record) -> str:

@@ -106,6 +106,23 @@ def test_evaluations_stand_beside_their_baselines() -> None:
     ]
 
 
+def test_the_metric_that_counts_comes_first_and_long_lists_are_cut() -> None:
+    record: Record = {
+        "kind": "eval",
+        "step": 20,
+        "loss": 0.41,
+        "perplexity": 1.5,
+        "metric": "f1",
+        "metrics": {"accuracy": 0.9, "f1": 0.8123, "bleu": 31.456},
+    }
+    assert describe(record) == ["eval at step 20 | f1 0.8123 | validation loss 0.4100 | accuracy 0.9000 | bleu 31.46"]
+    many = {**record, "metrics": {f"of class {n}": n / 10 for n in range(9)}}
+    assert describe(many)[0].endswith("| of class 5 0.5000 | +3 more")
+    assert describe({**record, "metrics": {}})[0].endswith("validation loss 0.4100 | perplexity 1.5")
+    final = {"kind": "report", "split": "test", "step": 20, "loss": 0.5, "metric": "f1", "metrics": {"f1": 0.75}}
+    assert describe(final) == ["test at the end | f1 0.7500 | loss 0.5000"]
+
+
 def test_checkpoints_warnings_and_samples() -> None:
     saved = {"kind": "checkpoint.saved", "step": 5, "path": "runs/a/checkpoints/step-5", "bytes": 409 * 2**20}
     assert describe({**saved, "seconds": 1.5, "stall_seconds": 0.021}) == [

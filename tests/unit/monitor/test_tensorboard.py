@@ -27,13 +27,16 @@ def test_steps_and_evaluations_become_curves(tmp_path: Path) -> None:
     with Monitor([TensorBoardSink(tmp_path)]) as monitor:
         for step in range(1, 4):
             emit("step", step=step, loss=1.0 / step, lr=0.1, mfu=None, skipped=False)
-        emit("eval", step=3, loss=0.5, perplexity=1.6, baselines={"unigram": 2.0})
+        emit("eval", step=3, loss=0.5, perplexity=1.6, baselines={"unigram": 2.0}, metrics={"f1": 0.75})
+        emit("report", split="test", step=3, loss=0.5, metrics={"f1": 0.5})
         emit("sample", step=3, text="从前")
     assert monitor.failures == {}
     read = curves(tmp_path)
     assert read["train/loss"] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert read["eval/loss"] == [(3, 0.5)]
     assert read["eval/baseline_unigram"] == [(3, 2.0)]
+    assert read["eval/f1"] == [(3, 0.75)]
+    assert read["final_test/f1"] == [(3, 0.5)]
     assert "speed/mfu" not in read
 
 
