@@ -97,7 +97,7 @@ def twice(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Where dropout goes by the numbers of rows, the second ones get numbers of their own.
     """
-    place = getattr(model, "dropout_place", None)
+    place = getattr(model, "dropout_place", None)  # models of other libraries draw from torch's generator
     if place is not None and place.rows is not None:
         model.set_dropout(seed=place.seed, rows=torch.cat((place.rows, place.rows + SECOND_ROWS)))
     return {name: torch.cat((value, value)) for name, value in batch.items()}
@@ -105,10 +105,7 @@ def twice(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def auxiliary(model: Any, known: Tensor, tokens: int) -> Tensor | float:
     """What the model itself adds to the loss (experts), one share for each row that is known [B]; 0 where nothing."""
-    adds = getattr(model, "auxiliary_loss", None)
-    if adds is None:
-        return 0.0
     labels = torch.full((known.shape[0], tokens), IGNORE, device=known.device)
     labels[:, 0] = torch.where(known, 0, IGNORE)
-    added = adds(labels)
+    added: Tensor | None = model.auxiliary_loss(labels)
     return 0.0 if added is None else added

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from trainwright.tasks.classification import ClassificationDefinition
+from trainwright.tasks.embedding import EmbeddingDefinition
+from trainwright.tasks.generation import DialogueDefinition, PairDefinition
+from trainwright.tasks.ner import NERDefinition
 from trainwright.tasks.sft import SFTDefinition
 from trainwright.tasks.task import TaskDefinition
 
@@ -13,6 +16,11 @@ __all__ = ["DEFINITIONS"]
 
 DEFINITIONS: dict[str, Callable[[Any, int], TaskDefinition]] = {
     "classification": ClassificationDefinition,
+    "ner": NERDefinition,
     "sft": SFTDefinition,
+    "translation": PairDefinition,
+    "summarization": PairDefinition,
+    "dialogue": DialogueDefinition,
+    "embedding": EmbeddingDefinition,
 }
 """Name to (section of the recipe, longest example in tokens) -> definition, for every task that is made of records."""

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from trainwright.data.examples.example import Encoded, Example, Feature
 from trainwright.data.tokenizer_core import Tokenizer
+from trainwright.models.crf import LinearChainCRF
+from trainwright.models.dropout import DropoutPlace
 from trainwright.models.heads import HeadSpec
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -78,7 +80,12 @@ class TinyModel(nn.Module):
         self.mix = nn.Conv1d(width, width, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
         self.task_head: Any = nn.Linear(2 * width if spec.kind == "entities" else width, outputs)
-        self.crf = TinyCRF(outputs) if spec.crf else None
+        if spec.crf:
+            self.task_head.crf = LinearChainCRF(outputs)
+        self.dropout_place = DropoutPlace()
+
+    def auxiliary_loss(self, labels: Tensor) -> Tensor | None:
+        return None
 
     def scores(self, batch: Mapping[str, Tensor]) -> Tensor:
         mask = batch["key_mask"][..., None]
@@ -90,14 +97,6 @@ class TinyModel(nn.Module):
             places = batch["entity_starts"][..., None].expand(-1, -1, hidden.shape[-1])
             hidden = hidden.gather(1, places).flatten(1)
         return self.task_head(hidden)
-
-
-class TinyCRF(nn.Module):
-    """A linear-chain CRF by brute definition, for comparison."""
-
-    def __init__(self, labels: int) -> None:
-        super().__init__()
-        self.transitions = nn.Parameter(torch.zeros(labels, labels))
 
 
 def predictions(task: Any, model: Any, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -132,7 +131,7 @@ def train(task: Any, model: nn.Module, records: Sequence[Mapping[str, Any]], *, 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def placed(seed: int, rows: Tensor) -> SimpleNamespace:

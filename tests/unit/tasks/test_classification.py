@@ -294,6 +294,9 @@ def test_sums_over_micro_batches_are_those_of_the_batch(problem: Any) -> None:
         def scores(self, batch: Any) -> torch.Tensor:
             return batch["scores"]
 
+        def auxiliary_loss(self, labels: torch.Tensor) -> None:
+            return None
+
     whole = objective.loss(Given(), batch)
     parts = [objective.loss(Given(), {k: v[i : i + 3] for k, v in batch.items()}) for i in range(0, 8, 3)]
     assert float(sum(part.loss_sum for part in parts)) == pytest.approx(float(whole.loss_sum), rel=1e-6)

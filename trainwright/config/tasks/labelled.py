@@ -123,6 +123,8 @@ class NERSection(LabelledSection):
         yield from super().problems()
         if self.crf and self.label_on == "all":
             yield "label_on", "auto, first or last: with crf one token of a word is tagged"
+        if self.scheme == "bioes" and self.label_on == "all":
+            yield "label_on", "auto, first or last: with bioes one token of a word is tagged"
         if self.crf and self.label_smoothing:
             yield "label_smoothing", "0: it is not defined for sequences of tags (crf)"
 
