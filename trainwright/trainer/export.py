@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+
 from trainwright.base.errors import CheckpointError, ConfigError
 from trainwright.checkpoint import latest, list_checkpoints
 from trainwright.data import Tokenizer, load_tokenizer
 from trainwright.engine import readable_weights
 from trainwright.inference.export_checkpoint import export_checkpoint
 from trainwright.models.exporting import save_weights
+from trainwright.models.rewriting import rewrite_folder
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import RunFolder
 
@@ -30,11 +33,20 @@ def export_model(run: Run) -> Path:
     return folder
 
 
-def export_run(run_folder: str | Path, destination: str | Path, *, step: int | None = None) -> Path:
+def export_run(
+    run_folder: str | Path,
+    destination: str | Path,
+    *,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+) -> Path:
     """Export a run to `destination`, which must not exist or be empty.
 
     Args:
         step: the checkpoint to take; None takes the finished model, or the newest good checkpoint of an unfinished run.
+        dtype: of the written weights; None keeps that of the stored ones.
+        max_shard_bytes: larger models are cut into several files with an index; None is 5 GB.
 
     Raises:
         ConfigError: no run there, or `destination` is in use.
@@ -47,11 +59,20 @@ def export_run(run_folder: str | Path, destination: str | Path, *, step: int | N
         )
     if destination.exists() and any(destination.iterdir()):
         raise ConfigError(f"{destination} is not empty", hint="name a new folder; nothing is overwritten")
+    size = 5_000_000_000 if max_shard_bytes is None else max_shard_bytes
     if step is None and (folder.model / "config.json").exists():
+        if dtype is not None or max_shard_bytes is not None:
+            return rewrite_folder(folder.model, destination, dtype=dtype, max_shard_bytes=size)
         return Path(shutil.copytree(folder.model, destination, dirs_exist_ok=True))
     tokenizer = load_tokenizer(folder.tokenizer)
-    checkpoint = _checkpoint(folder, step)
-    return export_checkpoint(checkpoint, destination, generation=_generation(tokenizer), add=tokenizer.save)
+    return export_checkpoint(
+        _checkpoint(folder, step),
+        destination,
+        max_shard_bytes=size,
+        dtype=dtype,
+        generation=_generation(tokenizer),
+        add=tokenizer.save,
+    )
 
 
 def _checkpoint(folder: RunFolder, step: int | None) -> Path:
