@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,24 @@ from trainwright.engine import Engine, precision
 from trainwright.engine.divide import Sections, divide
 from trainwright.engine.materialise import Values, materialise
 from trainwright.engine.names import optimized_parameters
-from trainwright.models import build_model
+from trainwright.models import LlamaConfig, build_model
 from trainwright.models.adapters import AdapterOptions, adapter_values, apply_adapter
 from trainwright.models.initialise import initial_values
-from trainwright.optim import OptimizerOptions, build_optimizer
+from trainwright.optim import OptimizerOptions, Rule, build_optimizer
 from trainwright.parallel.pipeline import parameter_names
 from trainwright.tasks import CausalLM
+from trainwright.testing import tiny_llama_config
 
-__all__ = ["Adapted", "train"]
+__all__ = ["CONFIGS", "Adapted", "differences", "train"]
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    **FAMILIES,
+    "wide llama": lambda: LlamaConfig(
+        **tiny_llama_config(vocab_size=96, num_layers=2, hidden_size=128, intermediate_size=256, head_dim=32)
+    ),
+    "one key head": lambda: LlamaConfig(**tiny_llama_config(vocab_size=96, num_layers=2, num_kv_heads=1)),
+}
+"""Two blocks of 64 numbers and more in every row, which tensor ranks can divide; heads that they cannot divide."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,11 @@ class Adapted:
     steps: int = 3
     precision: str = "fp32"
     memory: dict[str, Any] | None = None
-    freeze_from: int | None = None
 
 
-def train(setting: Adapted, layout: Layout, ranks: Ranks = ALONE) -> Run:
-    """Build, adapt, divide and train; every rank of `ranks` calls it."""
-    config = FAMILIES[setting.family]()
+def train(setting: Adapted, layout: Layout, ranks: Ranks = ALONE, *, frozen: bool = False) -> Run:
+    """Build, adapt, divide and train; every rank of `ranks` calls it. frozen: a rule freezes the adapters too."""
+    config = CONFIGS[setting.family]()
     mesh = make_mesh(layout, ranks)
     policy = precision(setting.precision)
     memory = MemorySection(**(setting.memory or {}))
@@ -52,9 +61,9 @@ def train(setting: Adapted, layout: Layout, ranks: Ranks = ALONE) -> Run:
     divided = divide(model, mesh, policy, sections)
     values = adapter_values(report.linears, initial_values(config, 3), seed=4)
     materialise(model, ranks.device, _with_addition(values))
-    optimizer = build_optimizer(
-        optimized_parameters(model), OptimizerOptions(lr=3e-3, eps=1e-3), elsewhere=parameter_names(model)
-    )
+    rules = (Rule(r"lora_", freeze=True),) if frozen else ()
+    options = OptimizerOptions(lr=3e-3, eps=1e-3, rules=rules)
+    optimizer = build_optimizer(optimized_parameters(model), options, elsewhere=parameter_names(model))
     place, places = mesh.rows
     micro_batches = min(MICRO, ROWS // places)
     engine = Engine(
@@ -92,3 +101,29 @@ def _with_addition(values: Values) -> Values:
         return torch.randn(tuple(shape), generator=generator).mul(0.02).to(dtype)
 
     return value
+
+
+def differences(run: Run, reference: Run) -> dict[str, float]:
+    """Largest relative differences of losses, norms, first gradients and trained parameters to those of one process;
+    and how many frozen parameters are not the same bits.
+
+    Tensors are compared by norm: |a - b| / |b|.
+    """
+    expected = dict(reference.engine.model.named_parameters())
+    found = {name: whole(p).detach() for name, p in run.engine.model.named_parameters()}
+    trained = {name for name, p in run.engine.model.named_parameters() if p.requires_grad}
+    assert set(run.gradients) <= trained
+    gradients = [_apart(gradient, reference.gradients[name]) for name, gradient in run.gradients.items()]
+    parameters = [_apart(found[name], expected[name].detach()) for name in trained]
+    kept = [name for name in found if name not in trained and name in expected]  # a tied one has another name there
+    return {
+        "loss": max(abs(a / b - 1) for a, b in zip(run.losses, reference.losses, strict=True)),
+        "norm": max(abs(a / b - 1) for a, b in zip(run.norms, reference.norms, strict=True)),
+        "gradient": max(gradients, default=0.0),
+        "parameter": max(parameters, default=0.0),
+        "frozen": float(sum(not torch.equal(found[name], expected[name]) for name in kept)),
+    }
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
