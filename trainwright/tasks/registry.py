@@ -9,6 +9,7 @@ from trainwright.tasks.classification import ClassificationDefinition
 from trainwright.tasks.embedding import EmbeddingDefinition
 from trainwright.tasks.generation import DialogueDefinition, PairDefinition
 from trainwright.tasks.ner import NERDefinition
+from trainwright.tasks.relation import RelationDefinition
 from trainwright.tasks.sft import SFTDefinition
 from trainwright.tasks.task import TaskDefinition
 
@@ -17,6 +18,7 @@ __all__ = ["DEFINITIONS"]
 DEFINITIONS: dict[str, Callable[[Any, int], TaskDefinition]] = {
     "classification": ClassificationDefinition,
     "ner": NERDefinition,
+    "relation": RelationDefinition,
     "sft": SFTDefinition,
     "translation": PairDefinition,
     "summarization": PairDefinition,
