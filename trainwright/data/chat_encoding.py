@@ -1,8 +1,8 @@
 """Chats as token ids, with a mask of what the assistant writes: one rendering, one tokenisation, offsets.
 
 A token is trained when it holds any character that the assistant writes. Where tokens can reach over the border of
-prompt and answer (`: ` and `Hello` become `:` and ` Hello`), the end of the prompt belongs to the answer: it is trained,
-and prompts of serving stop before it.
+prompt and answer (`: ` and `Hello` become `:` and ` Hello`), the end of the prompt belongs to the answer: it is
+trained, and prompts of serving stop before it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainwright.data.chat_spans import ChatRenderer, Rendering, Turn, plain_mes
 from trainwright.data.chat_templates import special_variables, with_template
 from trainwright.data.tokenizer_core import Tokenizer
 
-__all__ = ["ChatFormat", "EncodedChat", "TokenOffsets", "encode_offsets"]
+__all__ = ["ChatFormat", "EncodedChat", "TokenOffsets", "encode_offsets", "overhang", "reserved_pattern"]
 
 TrainOn = Literal["assistant", "last", "all"]
 
@@ -90,10 +90,8 @@ class ChatFormat:
         assert source is not None, "with_template always sets one"
         self.renderer = ChatRenderer(source, special_variables(tokenizer))
         self.system = system
-        added = tokenizer.core.get_added_tokens_decoder()
-        self._added = frozenset(added)
-        reserved = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
-        self._reserved = re.compile("|".join(map(re.escape, reserved)) or r"(?!)")
+        self._added = frozenset(tokenizer.core.get_added_tokens_decoder())
+        self._reserved = reserved_pattern(tokenizer)
         self.end_ids = (self._end_of_turn(turns=1),)
         later = self._end_of_turn(turns=2)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
@@ -217,19 +215,34 @@ class ChatFormat:
     # ---- the border of the prompt
 
     def _measure_overhang(self) -> int:
-        """Characters at the end of the generation prompt that can be one token with the beginning of an answer: they
-        are left to the model, in training and in serving (`assistant: ` and `Hello` may become `:` and ` Hello`)."""
         prompt = self.renderer.text(_question(), add_generation_prompt=True)
-        tokens = encode_offsets(self.tokenizer, prompt)
-        stable = len(tokens.ids)
-        for answer in _ANSWERS:
-            whole = self.renderer.text([*_question(), {"role": "assistant", "content": answer}])
-            if not whole.startswith(prompt):
-                continue  # the template writes something else for answers; the prompt is a text of its own
-            ids = encode_offsets(self.tokenizer, whole).ids[: len(tokens.ids)]
+        answers = [[*_question(), {"role": "assistant", "content": answer}] for answer in _ANSWERS]
+        return overhang(self.tokenizer, prompt, [self.renderer.text(messages) for messages in answers])
+
+
+def overhang(tokenizer: Tokenizer, prompt: str, wholes: Sequence[str] = ()) -> int:
+    """Characters at the end of a prompt that can be one token with the beginning of an answer. They are left to the
+    model, in training and in serving (`assistant: ` and `Hello` may become `:` and ` Hello`).
+
+    Args:
+        wholes: the prompt with answers behind it; none given: with usual beginnings of answers. One that does not begin
+            with the prompt says nothing.
+    """
+    tokens = encode_offsets(tokenizer, prompt)
+    stable = len(tokens.ids)
+    for whole in wholes or [prompt + answer for answer in _ANSWERS]:
+        if whole.startswith(prompt):
+            ids = encode_offsets(tokenizer, whole).ids[: len(tokens.ids)]
             same = tokens.ids[: len(ids)] == ids
             stable = min(stable, len(ids) if same.all() else int(np.argmin(same)))
-        return len(prompt) - (int(tokens.ends[stable - 1]) if stable else 0)
+    return len(prompt) - (int(tokens.ends[stable - 1]) if stable else 0)
+
+
+def reserved_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Finds special tokens of a tokenizer in texts that people wrote."""
+    tokens = tokenizer.core.get_added_tokens_decoder().values()
+    names = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
 def _question() -> list[dict[str, Any]]:

@@ -37,7 +37,10 @@ class ChatEncoder:
     """
 
     packable = True
-    features = (Feature("input_ids", "int32", "tokens"), Feature("labels", "int32", "tokens", pad=IGNORE))
+    features: tuple[Feature, ...] = (
+        Feature("input_ids", "int32", "tokens"),
+        Feature("labels", "int32", "tokens", pad=IGNORE),
+    )
 
     def __init__(self, chat: ChatFormat, max_length: int, *, train_on: TrainOn, long: str) -> None:
         self.chat = chat

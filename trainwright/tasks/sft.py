@@ -15,7 +15,9 @@ from torch import Tensor
 from trainwright.base.errors import DataError
 from trainwright.data.chat_encoding import ChatFormat
 from trainwright.data.chat_templates import choose_template, read_template, template_tokens, with_template
+from trainwright.data.examples.example import ExampleEncoder
 from trainwright.data.tokenizer_core import Tokenizer
+from trainwright.models.heads import HeadSpec
 from trainwright.tasks.causal_lm import CausalLM
 from trainwright.tasks.chat_encoder import ChatEncoder, shortened
 from trainwright.tasks.task import LossOutput, Metric, Report
@@ -63,7 +65,7 @@ class SFT:
         stop_ids: tokens that end an answer; generation_config.json should name them as eos_token_id.
     """
 
-    head = None
+    head: HeadSpec | None = None
     best = Metric()
 
     def __init__(self, section: Any, tokenizer: Tokenizer, max_length: int) -> None:
@@ -71,7 +73,7 @@ class SFT:
         self.section = section
         self.chat = ChatFormat(tokenizer, section.template, system=section.system)
         self.tokenizer = self.chat.tokenizer
-        self.encoder = ChatEncoder(self.chat, max_length, train_on=section.train_on, long=section.long)
+        self.encoder: ExampleEncoder = ChatEncoder(self.chat, max_length, train_on=section.train_on, long=section.long)
         self.compiled = False
         if section.name == "dialogue":
             require_packages()

@@ -12,6 +12,7 @@ __all__ = ["DialogueSection", "EmbeddingSection", "SFTSection", "SummarizationSe
 _TOKENIZE = ("auto", "13a", "zh", "char", "intl", "none")
 Tokenize = Annotated[Literal["auto", "13a", "zh", "char", "intl", "none"], Words(_TOKENIZE)]
 Architecture = Annotated[Literal["auto", "decoder", "encoder_decoder"], Words(("auto", "decoder", "encoder_decoder"))]
+DecoderStart = Annotated[int | Auto, Whole(("auto",))]
 Long = Annotated[Literal["cut_turns", "cut_end", "drop", "refuse"], Words(("cut_turns", "cut_end", "drop", "refuse"))]
 
 
@@ -46,11 +47,17 @@ class DialogueSection(_ChatSection):
     architecture: Architecture = "auto"
     """A decoder continues the conversation; an encoder-decoder reads it and writes the last answer. auto is what the
     model is."""
+    decoder_start: DecoderStart = "auto"
+    """Token id before the first one that an encoder-decoder writes; auto is decoder_start_token_id of its
+    config.json."""
 
 
 class _PairSection(TokenTask):
     architecture: Architecture = "auto"
     """A decoder continues the source; an encoder-decoder reads it. auto is what the model is."""
+    decoder_start: DecoderStart = "auto"
+    """Token id before the first one that an encoder-decoder writes; auto is decoder_start_token_id of its
+    config.json."""
     template: Annotated[str, Name(what_it_is="auto, or a text with {source} and {target}")] = "auto"
     """How a decoder sees a pair: a text with {source} and, at its end, {target}; tokens such as <|en|> in it are added
     to a tokenizer that is trained. auto puts a line with => between them. For an encoder-decoder the part before
@@ -80,6 +87,9 @@ class SummarizationSection(_PairSection):
 class EmbeddingSection(TaskSection):
     """Vectors that are near for texts that belong together (InfoNCE, arXiv 1807.03748, with in-batch negatives)."""
 
+    frame: Annotated[Literal["auto", "encoder", "decoder"], Words(("auto", "encoder", "decoder"))] = "auto"
+    """What stands around a text: what the tokenizer itself puts there, else [CLS] and [SEP] where it has them (auto).
+    encoder: [CLS] and [SEP], which a tokenizer that the run trains then gets; decoder: the end token behind it."""
     pooling: Annotated[Literal["auto", "first", "last", "mean"], Words(("auto", "first", "last", "mean"))] = "mean"
     """The vector of a text: its first token's, its last one's, or the mean; auto is first for an encoder and last for a
     decoder."""
