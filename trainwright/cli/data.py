@@ -32,8 +32,12 @@ def build(
         int | None, typer.Option(min=1, help="Processes that tokenize; data.workers by default.")
     ] = None,
 ) -> None:
-    """Tokenize and pack the texts of a recipe; what is built already is reused."""
-    print("\n".join(_build(_load(recipe, overrides), out, workers)))
+    """Tokenize and pack the texts or records of a recipe; what is built already is reused."""
+    from trainwright.data.examples.checks import check_folder
+
+    lines = _build(_load(recipe, overrides), out, workers)
+    print("\n".join(lines))
+    check_folder(lines[0])
 
 
 @app.command()
@@ -41,7 +45,7 @@ def preview(
     target: Annotated[str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, or the folder of a built dataset.")],
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to show, in the order in which training draws them.")] = 3,
-    split: Annotated[str, typer.Option(help="train or validation.")] = "train",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of rows (train.seed).")] = 0,
 ) -> None:
     """Decoded rows with the trained tokens marked, and the shares of padding, cut and dropped documents."""
@@ -74,7 +78,11 @@ def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
 def _build(loaded: LoadedRecipe, out: Path | None, workers: int | None) -> list[str]:
     """Build, and return what `data.commands.build` says: first the folder, then its description."""
     from trainwright.data.commands import build
+    from trainwright.tasks.registry import DEFINITIONS
     from trainwright.trainer.model_section import model_source
 
-    tokenizer = model_source(loaded.recipe.model).tokenizer if loaded.recipe.data.tokenizer == "auto" else None
-    return build(loaded, out=out, workers=workers, model_tokenizer=tokenizer)
+    recipe = loaded.recipe
+    define = DEFINITIONS.get(recipe.task.name)  # None for a task that learns from running text
+    definition = None if define is None else define(recipe.task, recipe.data.sequence_length)
+    tokenizer = model_source(recipe.model).tokenizer if recipe.data.tokenizer == "auto" else None
+    return build(loaded, out=out, workers=workers, model_tokenizer=tokenizer, definition=definition)

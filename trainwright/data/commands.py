@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.cells import cell_len, chop_cells
 
 from trainwright.base.text import human_bytes
 from trainwright.data.build import Progress, build_dataset, prepare_dataset
 from trainwright.data.dataset import IGNORE, TokenDataset
+from trainwright.data.examples.build import ExampleDefinition, build_examples
+from trainwright.data.examples.manifest import is_examples
+from trainwright.data.examples.preview import describe_examples, inspect_examples, preview_examples
+from trainwright.data.examples.spec import example_spec
 from trainwright.data.manifest import Manifest, SplitFacts
+from trainwright.data.marking import legend, marked_lines, marked_runs, visible
 from trainwright.data.mixture import RowOrder
 from trainwright.data.spec import build_spec
 
@@ -23,9 +26,6 @@ if TYPE_CHECKING:
     from trainwright.data.tokenizers import Tokenizer
 
 __all__ = ["build", "describe", "inspect", "preview"]
-
-_CONTEXT, _TRAINED, _QUIET, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[2;3m", "\x1b[0m"
-_OPEN, _CLOSE = "«", "»"
 
 
 def build(
@@ -35,11 +35,22 @@ def build(
     workers: int | None = None,
     progress: Progress | None = None,
     model_tokenizer: str | None = None,
+    definition: ExampleDefinition | None = None,
 ) -> list[str]:
-    """Build the dataset of a loaded recipe, in `out` or in the recipe's cache, and describe it."""
+    """Build the dataset of a loaded recipe, in `out` or in the recipe's cache, and describe it.
+
+    Args:
+        definition: of the recipe's task, where that is made of records; None where it learns from running text.
+
+    Returns: the folder, then its description.
+    """
     data = loaded.recipe.data
-    spec = build_spec(data, model_tokenizer=model_tokenizer)
     wanted = workers if workers is not None else (None if data.workers == "auto" else data.workers)
+    if definition is not None:
+        wish = example_spec(data, loaded.recipe.task, model_tokenizer=model_tokenizer)
+        examples = build_examples(wish, definition, data.cache, out=out, workers=wanted, progress=progress)
+        return [str(examples.folder), *describe_examples(examples)]
+    spec = build_spec(data, model_tokenizer=model_tokenizer)
     if out is not None:
         manifest, folder = build_dataset(spec, out, wanted, progress), Path(out)
     else:
@@ -50,6 +61,8 @@ def build(
 
 def inspect(folder: str | Path, *, verify: bool = True) -> list[str]:
     """Describe a dataset folder; `verify` reads every byte and compares it with the manifest's hashes."""
+    if is_examples(Path(folder)):
+        return inspect_examples(folder, verify=verify)
     dataset = TokenDataset.open(folder, verify="hashes" if verify else "sizes")
     size = sum(facts.bytes for facts in dataset.manifest.files.values())
     state = "every block matches its hash" if verify else "sizes match"
@@ -76,7 +89,7 @@ def describe(manifest: Manifest) -> list[str]:
     if manifest.problems:
         found = ", ".join(f"{count:,} {kind}" for kind, count in manifest.problems.items())
         lines.append(f"left out      {found}")
-        lines += [f"  {_visible(example)}" for example in manifest.problem_examples]
+        lines += [f"  {visible(example)}" for example in manifest.problem_examples]
     lines += [f"warning       {note}" for note in manifest.notes]
     return lines
 
@@ -112,7 +125,7 @@ def preview(
     """The first rows that training would draw, decoded, with the trained tokens marked.
 
     Args:
-        target: a dataset folder, or a loaded recipe (whose dataset is built if need be).
+        target: a dataset folder, or a loaded recipe of running text (whose dataset is built if need be).
         color: trained text in green and context dim; False marks trained text with « ».
         width: cells of a line; Chinese characters take two.
         characters: how much of each row is shown.
@@ -120,6 +133,10 @@ def preview(
     from trainwright.data.tokenizers import load_tokenizer
 
     if isinstance(target, (str, Path)):
+        if is_examples(Path(target)):
+            return preview_examples(
+                target, rows=rows, split=split, seed=seed, color=color, width=width, characters=characters
+            )
         dataset = TokenDataset.open(target)
     else:
         data = target.recipe.data
@@ -132,7 +149,7 @@ def preview(
     order = RowOrder(dataset.groups(split), seed)
     draws = np.arange(min(rows, order.rows), dtype=np.int64)
     lines = [f"{dataset.folder}", *_describe_split(split, dataset.facts(split), dataset.sequence_length)]
-    lines.append("trained text is green, context is dim" if color else f"trained text stands in {_OPEN}{_CLOSE}")
+    lines.append(legend(color))
     for draw, row in zip(draws.tolist(), order(draws).tolist(), strict=True):
         lines += _preview_row(dataset.row(split, row), tokenizer, f"draw {draw}: row {row}", color, width, characters)
     return lines
@@ -151,7 +168,7 @@ def _preview_row(
         f"{length - used} padding"
     )
     for start, stop in pieces:
-        yield from _marked(
+        yield from marked_lines(
             _spans(row, start, stop, tokenizer), color, width, characters * (stop - start) // length + 80
         )
 
@@ -189,60 +206,4 @@ def _spans(row: dict[str, NDArray[Any]], start: int, stop: int, tokenizer: Token
         elif slot + 1 < stop:
             tokens.append(int(ids[slot + 1]))
             marks.append(False)
-    spans = []
-    begin = 0
-    for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or marks[end] != marks[begin]:
-            spans.append((tokenizer.decode(tokens[begin:end], skip_special=False), marks[begin]))
-            begin = end
-    return spans
-
-
-def _marked(spans: list[tuple[str, bool]], color: bool, width: int, characters: int) -> Iterator[str]:
-    """Lines of a piece, wrapped to `width` cells; what is beyond `characters` is counted instead of shown."""
-    line, used, left = "", 0, characters
-    hidden = 0
-    for text, trained in spans:
-        shown = _visible(text[:left])
-        hidden += len(text) - min(len(text), left)
-        left -= min(len(text), left)
-        if not shown:
-            continue
-        begin, end = (
-            ((_TRAINED if trained else _CONTEXT), _RESET) if color else ((_OPEN, _CLOSE) if trained else ("", ""))
-        )
-        for number, part in enumerate(_wrap(shown, width, used)):
-            if number:
-                yield "  " + line
-                line, used = "", 0
-            line += f"{begin}{part}{end}" if part else ""
-            used += cell_len(part)
-    if line:
-        yield "  " + line
-    if hidden:
-        more = f"... {hidden:,} more characters"
-        yield f"  {_QUIET}{more}{_RESET}" if color else f"  {more}"
-
-
-def _wrap(text: str, width: int, used: int) -> list[str]:
-    """Text in parts of at most `width` cells, the first after `used` cells of its line."""
-    first = ""
-    room = max(width - used, 0)
-    taken = 0
-    for character in text:
-        size = cell_len(character)
-        if taken + size > room:
-            break
-        first += character
-        taken += size
-    rest = text[len(first) :]
-    return [first, *(chop_cells(rest, width) if rest else [])]
-
-
-def _visible(text: str) -> str:
-    """Control characters as symbols: data must not be able to steer a terminal, and a line break must be seen."""
-    marks = {"\n": "↵", "\t": "→", "\r": "␍"}
-    return "".join(
-        marks.get(character) or (character if unicodedata.category(character) not in ("Cc", "Cf", "Zl", "Zp") else "·")
-        for character in text
-    )
+    return marked_runs(tokenizer, tokens, marks)

@@ -180,6 +180,7 @@ def example_key(spec: ExampleSpec, definition: ExampleDefinition, corpus: Corpus
         "sources": sources,
         "roles": [len(spec.train), len(spec.validation.sources) if spec.validation else 0, len(spec.test)],
         "fraction": spec.fraction,
+        **({"fold": list(spec.fold)} if spec.fold is not None else {}),
         "weighted": spec.weighted,
         "reading": [definition.shape, spec.format, sorted(spec.columns.items()), dict(spec.reading), spec.on_error],
         "task": definition.name,

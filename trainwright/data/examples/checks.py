@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainwright.base.errors import DataError
+from trainwright.data.examples.manifest import is_examples
 from trainwright.data.mixture import RowOrder
 
 if TYPE_CHECKING:
     from trainwright.data.examples.dataset import ExampleDataset
     from trainwright.data.examples.manifest import ExampleFacts, ExampleManifest
 
-__all__ = ["check_bounds", "check_trainable", "padding_share"]
+__all__ = ["check_bounds", "check_folder", "check_trainable", "padding_share"]
 
 
 def check_bounds(manifest: ExampleManifest, max_drop: float, max_cut: float) -> None:
@@ -66,6 +68,14 @@ def check_trainable(dataset: ExampleDataset, split: str = "train") -> None:
             hint="the template must write the end of a turn inside what is trained; longer answers may have been cut "
             "off (raise data.sequence_length). `trainwright data preview RECIPE` shows the trained tokens",
         )
+
+
+def check_folder(folder: str | Path) -> None:
+    """`check_trainable` of a built folder; nothing where it holds running text."""
+    from trainwright.data.examples.dataset import ExampleDataset
+
+    if is_examples(Path(folder)):
+        check_trainable(ExampleDataset.open(folder))
 
 
 def _names(dataset: ExampleDataset, facts: ExampleFacts) -> str:

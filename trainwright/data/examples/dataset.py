@@ -156,6 +156,10 @@ class ExampleDataset:
         """Real tokens of every row of a split: int64 [rows]."""
         return self._lengths(split)[0]
 
+    def count_labels(self, split: str, label: int) -> int:
+        """How many labels of a split are this one."""
+        return int((flat(self._arrays[split]["labels"]) == label).sum())
+
     def _lengths(self, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens of every row, and of every example."""
         arrays = self._arrays[split]

@@ -20,7 +20,7 @@ from trainwright.data.examples.build import ReadRecords
 from trainwright.data.examples.spec import ExampleSpec
 from trainwright.data.examples.storage import LineWriter, read_records, record_line, record_of
 
-__all__ = ["Intake", "SplitRecords", "held_out", "stored_records"]
+__all__ = ["Intake", "SplitRecords", "held_out", "held_out_fold", "stored_records"]
 
 REPORT_EVERY = 4096  # records
 
@@ -134,7 +134,8 @@ class Intake:
                     done += len(line) + 1
                     hashes.append(_hash_of(key))
                 counts.append(len(hashes) - before)
-        out = held_out(np.asarray(hashes, dtype=np.uint64), self.spec.fraction)
+        all_hashes, fold = np.asarray(hashes, dtype=np.uint64), self.spec.fold
+        out = held_out(all_hashes, self.spec.fraction) if fold is None else held_out_fold(all_hashes, *fold)
         writers = {split: LineWriter(self.folder, f"{split}.records") for split in ("train", "validation")}
         try:
             with scratch.open("rb") as file:
@@ -174,6 +175,20 @@ def held_out(hashes: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
         out[int(np.argmin(hashes))] = True
     elif len(hashes) and out.all():
         out[int(np.argmax(hashes))] = False
+    return out
+
+
+def held_out_fold(hashes: NDArray[np.uint64], index: int, of: int) -> NDArray[np.bool_]:
+    """Which records are in fold `index` of `of`, bool [records]: in the order of their hashes the folds are equally
+    long, but records of one key stay together. Raises DataError where a fold would be empty."""
+    places = np.searchsorted(np.sort(hashes), hashes, side="left")
+    folds = places * of // max(len(hashes), 1)
+    empty = [fold for fold in range(of) if not (folds == fold).any()]
+    if empty:
+        raise DataError(
+            f"{len(hashes)} training records do not fill {of} folds", hint="use fewer folds, or add records"
+        )
+    out: NDArray[np.bool_] = folds == index
     return out
 
 

@@ -162,7 +162,8 @@ def read_example_manifest(folder: Path) -> ExampleManifest:
             hint="build the dataset again with this version",
         )
     try:
-        value["splits"] = {name: ExampleFacts.from_json(split) for name, split in value["splits"].items()}
+        splits = {name: ExampleFacts.from_json(split) for name, split in value["splits"].items()}
+        value["splits"] = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
         value["files"] = {name: FileFacts.from_json(facts) for name, facts in value["files"].items()}
         value["features"] = tuple(Feature(**{**one, "shape": tuple(one["shape"])}) for one in value["features"])
         return ExampleManifest(**{one.name: value.pop(one.name) for one in fields(ExampleManifest)}, **value)

@@ -30,6 +30,7 @@ class ExampleSpec:
         weighted: draw the sources in proportion to their `weight`; False takes every record once per epoch.
         validation: a fraction of the training records by the hash of their keys, other sources, or None.
             `ValidationSpec()` is a fraction of AUTO_FRACTION; at least one record is held out and one is kept.
+        fold: (index, number of folds): hold out this one of equally large parts of the training records instead.
         test: sources of the test split.
         tokenizer: how to train one, where to load one (a path or a hub name), or a Tokenizer.
         sequence_length: tokens of the longest row.
@@ -47,6 +48,7 @@ class ExampleSpec:
 
     train: tuple[SourceSpec, ...]
     validation: ValidationSpec | None = field(default_factory=ValidationSpec)
+    fold: tuple[int, int] | None = None
     test: tuple[SourceSpec, ...] = ()
     tokenizer: TrainTokenizer | Tokenizer | str = field(default_factory=TrainTokenizer)
     sequence_length: int = 512
@@ -83,6 +85,8 @@ class ExampleSpec:
     @property
     def fraction(self) -> float:
         """Share of the training records that is held out; 0 for none."""
+        if self.fold is not None:
+            return 1 / self.fold[1]
         if self.validation is None or self.validation.sources:
             return 0.0
         return AUTO_FRACTION if self.validation.fraction is None else self.validation.fraction
@@ -99,6 +103,7 @@ def example_spec(
     return ExampleSpec(
         train=text.sources,
         validation=text.validation,
+        fold=None if data.fold is None else (data.fold.index, data.fold.of),
         test=list_sources(data.test, data.text_field) if data.test else (),
         tokenizer=text.tokenizer,
         sequence_length=data.sequence_length,
