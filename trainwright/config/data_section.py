@@ -14,6 +14,7 @@ from trainwright.config.section import Section, variant_tag
 __all__ = [
     "TOKENIZERS",
     "DataSection",
+    "FoldSection",
     "SourceSection",
     "TokenizerFromFolder",
     "TokenizerFromHub",
@@ -38,6 +39,19 @@ class SourceSection(Section):
     """Field or column that holds the text, for this source; null is data.text_field."""
     name: Annotated[str | None, Name((None,))] = None
     """What this source is called in counts and tables; null is the source itself."""
+
+
+class FoldSection(Section):
+    """One fold of a cross-validation: it is held out as validation, and the others are trained on."""
+
+    index: Annotated[int, Whole()]
+    """Number of the fold, from 0."""
+    of: Annotated[int, Whole(minimum=2)]
+    """How many folds there are. Records go to folds by the hash of their keys, equally many to each."""
+
+    def problems(self) -> Any:
+        if self.index >= self.of:
+            yield "index", f"a number below data.fold.of, {self.of}"
 
 
 def list_sources(value: Any) -> Any:
@@ -211,6 +225,8 @@ class DataSection(Section):
     """The training text: one source, or a list of sources as a mixture."""
     validation: Validation = "auto"
     """What the loss is checked on: a held-out part of the source, other sources, or none."""
+    fold: FoldSection | None = None
+    """Hold out one fold of the training records instead, for tasks made of records; `train --folds 5` sets it."""
     test: Sources = ()
     """Sources that the finished model is judged on, written as data.source; for tasks made of records."""
     format: Annotated[str, Name(("auto",), what_it_is="the name of a format of records", pattern=r"[\w-]+")] = "auto"
@@ -254,6 +270,8 @@ class DataSection(Section):
     def problems(self) -> Any:
         if not self.source:
             yield "source", "at least one source"
+        if self.fold is not None and self.validation != "auto":
+            yield "validation", "auto beside data.fold: the fold is what is validated on"
         if self.packing == "pad" and self.document_mask is True:
             yield "document_mask", "auto or false: with packing pad no two documents share a row"
         weighted = [source for source in self.source if source.weight is not None]

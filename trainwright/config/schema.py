@@ -17,7 +17,7 @@ from trainwright.config.parallel_section import Parallel, ParallelSection
 from trainwright.config.precision_section import PRECISIONS, AutoPrecision, PrecisionSection
 from trainwright.config.run_section import CheckpointSection, MonitorSection, RunSection
 from trainwright.config.section import Section
-from trainwright.config.tasks import TASKS, CausalLMSection, Task
+from trainwright.config.tasks import TASKS, CausalLMSection, MaskedLMSection, Task
 from trainwright.config.train_section import TrainSection
 
 __all__ = ["Recipe", "json_schema"]
@@ -58,6 +58,11 @@ class Recipe(Section):
     def problems(self) -> Any:
         if self.memory.release_gradients and self.optim.clip_norm is not None:
             yield "memory", "release_gradients false, or optim.clip_norm null: clipping needs all gradients at once"
+        if self.data.fold is not None and isinstance(self.task, CausalLMSection | MaskedLMSection):
+            yield (
+                "data",
+                f"no fold: task {self.task.name} learns from running text; data.validation holds some of it out",
+            )
         if self.data.validation == "none":
             if self.train.early_stopping is not None:
                 yield "train", "no early_stopping: data.validation is none"
