@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +18,25 @@ from torch.nn import functional as F
 from trainwright.base.errors import ModelError
 from trainwright.inference.request import Request
 from trainwright.inference.sampling import draw, filter_logits
-from trainwright.models import Decoder, KVCache
+from trainwright.inference.writers import Writer
+from trainwright.models.hugging_face.model import HuggingFaceModel
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "eager", "last_logits"]
 
 
-def _eager() -> contextlib.AbstractContextManager[object]:
+def eager() -> contextlib.AbstractContextManager[object]:
     """Run compiled blocks uncompiled: with a growing cache every step has a new shape, and each would be compiled anew.
 
     Where the compiler was never loaded nothing is compiled, and loading it would take a second or two.
     """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
+def last_logits(model: Writer, hidden: Tensor, words: int) -> Tensor:
+    """Logits [B, words] of what follows hidden states [B, T, D]; the rest of the vocabulary is left out."""
+    if isinstance(model, HuggingFaceModel):
+        return model.logits(hidden[:, -1])[:, :words]
+    return F.linear(hidden[:, -1], model.head_weight[:words])
 
 
 class Batch:
@@ -37,13 +46,13 @@ class Batch:
     vocab_size: of the tokenizer; ids from there on pad the model's embedding and are never chosen.
     """
 
-    def __init__(self, model: Decoder, requests: Sequence[Request], *, limit: int, vocab_size: int) -> None:
+    def __init__(self, model: Writer, requests: Sequence[Request], *, limit: int, vocab_size: int) -> None:
         self._model = model
         self._device = model.embedding.weight.device
         self._limit = limit
         self._vocab_size = vocab_size
         self.active = [request for request in requests if request.finish_reason is None]
-        self._cache: KVCache | None = None
+        self._cache: Any = None
         self._positions = torch.empty(0)
         self._key_mask: Tensor | None = None
         self._seen: Tensor | None = None
@@ -54,7 +63,7 @@ class Batch:
         self._leave()
         if not self.active:
             return pieces
-        with torch.inference_mode(), _eager():
+        with torch.inference_mode(), eager():
             logits = self._prefill() if self._cache is None else self._decode()
             tokens = self._choose(logits)
             self._mark_seen(tokens)
@@ -120,7 +129,7 @@ class Batch:
         total = self._cache.length + input_ids.shape[1]
         key_mask = None if self._key_mask is None else self._key_mask[:, :total]
         hidden = self._model.hidden_states(input_ids, position_ids=positions, cache=self._cache, key_mask=key_mask)
-        logits = F.linear(hidden[:, -1], self._model.head_weight[: self._vocab_size])
+        logits = last_logits(self._model, hidden, self._vocab_size)
         if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
             raise ModelError(
                 "the model gives logits that are not finite; no token can be chosen",

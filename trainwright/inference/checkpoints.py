@@ -8,13 +8,14 @@ import torch
 
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint import load_checkpoint
-from trainwright.models import Decoder, build_model, kept_tensors
+from trainwright.models import build_model, kept_tensors
+from trainwright.models.backbone import Backbone
 from trainwright.models.fields import config_from_fields
 
 __all__ = ["load_checkpointed_model"]
 
 
-def load_checkpointed_model(path: Path, *, dtype: torch.dtype | None = None) -> Decoder:
+def load_checkpointed_model(path: Path, *, dtype: torch.dtype | None = None) -> Backbone:
     """The model of a checkpoint folder, on the CPU in evaluation mode; averaged weights where there are any.
 
     dtype: None keeps that of the trained weights.

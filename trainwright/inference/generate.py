@@ -11,7 +11,8 @@ from trainwright.data import Tokenizer
 from trainwright.inference.batch import Batch
 from trainwright.inference.options import Generation, GenerationOptions
 from trainwright.inference.request import Request
-from trainwright.models import Decoder, check_vocabulary
+from trainwright.inference.writers import Writer
+from trainwright.models import check_vocabulary
 
 __all__ = ["Generator", "Prompt"]
 
@@ -31,7 +32,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Writer,
         tokenizer: Tokenizer,
         *,
         defaults: GenerationOptions | None = None,

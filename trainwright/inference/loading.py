@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,8 @@ from trainwright.data import load_tokenizer
 from trainwright.inference.checkpoints import load_checkpointed_model
 from trainwright.inference.generate import Generator
 from trainwright.inference.options import GenerationOptions, options_from_hf
-from trainwright.models import Decoder, load_pretrained
+from trainwright.inference.writers import Writer, as_writer
+from trainwright.models import load_pretrained
 from trainwright.models.importing import read_json
 
 __all__ = ["load_generator"]
@@ -61,7 +63,8 @@ def _from_checkpoint(run: Path, device: torch.device, dtype: torch.dtype | None)
     return Generator(_place(model, device), load_tokenizer(str(run / "tokenizer")))
 
 
-def _place(model: Decoder, device: torch.device) -> Decoder:
+def _place(loaded: Any, device: torch.device) -> Writer:
+    model = as_writer(loaded)
     if device.type == "cpu" and model.embedding.weight.dtype == torch.float16:
         model = model.float()
     return model.to(device)

@@ -14,7 +14,16 @@ from typing import Any
 
 from trainwright.base.errors import MissingDependencyError, ModelError
 
-__all__ = ["KINDS", "class_for", "hf_config", "is_known", "kind_for", "make_hf_config", "stored_fields"]
+__all__ = [
+    "KINDS",
+    "class_for",
+    "generation_options",
+    "hf_config",
+    "is_known",
+    "kind_for",
+    "make_hf_config",
+    "stored_fields",
+]
 
 KINDS: dict[str, str] = {
     "causal_lm": "AutoModelForCausalLM",
@@ -125,3 +134,13 @@ def class_for(config: Any, kind: str) -> type[Any]:
             hint=f"kinds of this project: {', '.join(KINDS)}",
         ) from None
     return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def generation_options(**options: Any) -> Any:
+    """A `GenerationConfig` of these options; those that are None are left out."""
+    return _library().GenerationConfig(**{key: value for key, value in options.items() if value is not None})
+
+
+def empty_cache() -> Any:
+    """A key/value cache of transformers that grows with what is written."""
+    return _library().DynamicCache()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
+from trainwright.models.hugging_face.cache import HuggingFaceCache
 from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.models.hugging_face.head import Reached, Tail, projection_loss, standing_in, tail_of
 from trainwright.models.hugging_face.inputs import (
@@ -81,12 +82,14 @@ class HuggingFaceModel(nn.Module):
         token_type_ids: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_key_mask: Tensor | None = None,
+        cache: HuggingFaceCache | None = None,
     ) -> Tensor:
         """What the output projection is given, [B, T, D]; of a bare trunk its last hidden states.
 
         Args:
             position_ids: read where document_ids are given too, or no key_mask; else the model counts itself.
             decoder_input_ids, decoder_key_mask: [B, U] of encoder-decoders, whose result is [B, U, D].
+            cache: of `make_cache`; appended to, then attended to; key_mask is then of cached and new tokens.
 
         Raises:
             ModelError: the model cannot keep documents of one row apart, or its logits are not what its projection
@@ -94,6 +97,8 @@ class HuggingFaceModel(nn.Module):
         """
         self._prove()
         named = self._inputs(input_ids, position_ids, document_ids, key_mask, token_type_ids)
+        if cache is not None:
+            return self._with_cache(named, cache, position_ids)
         if decoder_input_ids is not None:
             named["decoder_input_ids"] = decoder_input_ids
             if decoder_key_mask is not None:
@@ -163,27 +168,78 @@ class HuggingFaceModel(nn.Module):
             known = self.__dict__["_tail"] = tail_of(self.config.hf, self)
         return known
 
-    def _until_projection(self, named: dict[str, Any]) -> Tensor:
+    def _until_projection(self, named: dict[str, Any], *, use_cache: bool = False) -> Tensor:
         name = self.__dict__.get("projection_name")
         if name is None:
-            output = self._run(named)
+            output = self._run(named, use_cache=use_cache)
             states = output.last_hidden_state if "last_hidden_state" in output else output[0]
             assert isinstance(states, Tensor)
             return states
         with standing_in(self, name, _stop):
             try:
-                self._run(named)
+                self._run(named, use_cache=use_cache)
             except Reached as reached:
                 return reached.hidden
         raise ModelError(f"{type(self).__name__} never called its output projection {name}")
 
-    def _run(self, named: dict[str, Any]) -> Any:
-        """The forward pass of transformers, without a cache."""
+    def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> HuggingFaceCache:
+        """An empty key/value cache; transformers' own takes its memory as it grows.
+
+        Raises:
+            ModelError: the architecture keeps something else than keys and values, or is no decoder.
+        """
+        if "past_key_values" not in self.__dict__["accepted"] or self.config.kind != "causal_lm":
+            raise ModelError(
+                f"{type(self).__name__} cannot be continued token by token with a key/value cache",
+                hint="`trainwright predict` writes with encoder-decoders; other models write by transformers' generate",
+            )
+        return HuggingFaceCache()
+
+    def _with_cache(self, named: dict[str, Any], cache: HuggingFaceCache, position_ids: Tensor | None) -> Tensor:
+        named["past_key_values"] = cache.inner
+        if position_ids is not None and "position_ids" in self.__dict__["accepted"]:
+            named["position_ids"] = position_ids.expand(named["input_ids"].shape) + self.__dict__["first_position"]
+        hidden = self._until_projection(named, use_cache=True)
+        cache.advance(named["input_ids"].shape[1])
+        return hidden
+
+    def _run(self, named: dict[str, Any], *, use_cache: bool = False) -> Any:
+        """The forward pass of transformers."""
         accepted = self.__dict__["accepted"]
         if "use_cache" in accepted:
-            named["use_cache"] = False
+            named["use_cache"] = use_cache
         # Of the class: who divides the model may have put hooks around the call of the whole, which run already.
         return type(self).forward(self, **named)
+
+    # --- what an encoder-decoder writes ---
+
+    @property
+    def padding_id(self) -> int:
+        """A token that stands where nothing is; which one does not matter, because it is masked."""
+        pad = self.config.values.get("pad_token_id")
+        return 0 if pad is None else int(pad)
+
+    @property
+    def decoder_start_id(self) -> int:
+        """The token before the first that an encoder-decoder writes.
+
+        Raises:
+            ModelError: its configuration names none.
+        """
+        values = self.config.values
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            if values.get(name) is not None:
+                return int(values[name])
+        raise ModelError(
+            f"{type(self).__name__} names no token that a text begins with",
+            hint="set decoder_start_token_id in its config.json",
+        )
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """decoder_input_ids [B, U] for labels [B, U]: the start token, then all but the last; -100 becomes padding."""
+        shifted = torch.full_like(labels, self.decoder_start_id)
+        shifted[:, 1:] = labels[:, :-1]
+        return torch.where(shifted < 0, self.padding_id, shifted)
 
     # --- inputs ---
 
@@ -354,7 +410,8 @@ def build_hugging_face(config: HuggingFaceConfig) -> Any:
     model.__dict__["first_position"] = structure(config).first_position
     model.__dict__["projection_name"] = None if projection is None else names[id(projection)]
     model.config = config
-    model.__class__ = _mixed_class(type(model))
+    kind: Any = type(model)
+    model.__class__ = _mixed_class(kind)
     return model
 
 

@@ -81,7 +81,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
     Memory that was only asked for and never written costs nothing, and on the meta device nothing is initialised.
     """
-    register = nn.Module.register_parameter
+    module_class: Any = nn.Module
+    register = module_class.register_parameter
 
     def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)
@@ -90,11 +91,11 @@ def _parameters_on_meta() -> Iterator[None]:
             moved.__dict__.update(param.__dict__)
             module._parameters[name] = moved
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    module_class.register_parameter = on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign, unused-ignore]
+        module_class.register_parameter = register
 
 
 def non_persistent_buffers(model: nn.Module) -> dict[tuple[str, str], Tensor]:
