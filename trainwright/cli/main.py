@@ -8,7 +8,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from trainwright.cli import chat, checkpoint, data, doctor, export, generate, launch, memory, runs, train, version
+from trainwright.cli import (
+    chat,
+    checkpoint,
+    data,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    launch,
+    memory,
+    runs,
+    train,
+    version,
+)
 from trainwright.cli.failures import EXIT_INTERRUPTED, report
 
 __all__ = ["app", "main", "run"]
@@ -32,11 +45,13 @@ for _verb in (
     memory.memory,
     generate.generate,
     chat.chat,
+    evaluate.predict,
     export.export,
     doctor.doctor,
     version.version,
 ):
     app.command()(_verb)
+app.command("eval")(evaluate.evaluate)
 for _name, _group in (("data", data.app), ("runs", runs.app), ("checkpoint", checkpoint.app)):
     app.add_typer(_group, name=_name)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from trainwright.models import Decoder
+from trainwright.models.backbone import Backbone
+from trainwright.models.heads import HeadSpec
 from trainwright.tasks.task import LossOutput, Metric
 
 __all__ = ["CausalLM"]
@@ -23,25 +24,25 @@ class CausalLM:
 
     name = "causal_lm"
     best = Metric()
-    head = None
+    head: HeadSpec | None = None
 
     def __init__(self, *, label_smoothing: float = 0.0, z_loss: float = 0.0, compiled: bool = False) -> None:
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.compiled = compiled
 
-    def loss(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput:
+    def loss(self, model: Backbone, batch: Mapping[str, Tensor]) -> LossOutput:
         """The training objective: cross-entropy in nats, with label smoothing and z-loss where they are on, and what
         the model itself adds (the auxiliary loss of experts)."""
         output = self._sums(model, batch, self.label_smoothing, self.z_loss)
         added = model.auxiliary_loss(batch["labels"])
         return output if added is None else LossOutput(output.loss_sum + added, output.count)
 
-    def evaluate(self, model: Decoder, batch: Mapping[str, Tensor]) -> LossOutput:
+    def evaluate(self, model: Backbone, batch: Mapping[str, Tensor]) -> LossOutput:
         """Plain cross-entropy in nats, whatever the training objective adds to it."""
         return self._sums(model, batch, 0.0, 0.0)
 
-    def _sums(self, model: Decoder, batch: Mapping[str, Tensor], label_smoothing: float, z_loss: float) -> LossOutput:
+    def _sums(self, model: Backbone, batch: Mapping[str, Tensor], label_smoothing: float, z_loss: float) -> LossOutput:
         hidden = model.hidden_states(
             batch["input_ids"], position_ids=batch.get("position_ids"), document_ids=batch.get("document_ids")
         )

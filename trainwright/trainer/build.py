@@ -28,19 +28,21 @@ from trainwright.engine.divide import Sections, divide
 from trainwright.engine.materialise import Values, materialise
 from trainwright.engine.names import optimized_parameters
 from trainwright.memory import place_state
-from trainwright.models import Decoder, build_model
+from trainwright.models import build_model
+from trainwright.models.backbone import Backbone
 from trainwright.models.importing import Pretrained
 from trainwright.models.initialise import initial_values
 from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
 from trainwright.optim.loss_scale import LossScaler
 from trainwright.parallel.pipeline import parameter_names
-from trainwright.tasks import CausalLM
+from trainwright.trainer.best import best_callback
 from trainwright.trainer.cadence import Cadence
 from trainwright.trainer.callbacks import Callback, EarlyStopping
 from trainwright.trainer.resume import Entered
 from trainwright.trainer.run import Run
 from trainwright.trainer.sampling import Sampling
 from trainwright.trainer.settle import Settled
+from trainwright.trainer.task import make_task
 
 __all__ = ["build"]
 
@@ -57,6 +59,8 @@ def build(
     assert settled.dataset is not None, "a dry run is not built"
     _set_determinism(recipe, settled.device)
     policy = precision(recipe.precision.name)
+    tokenizer = load_tokenizer(settled.dataset.tokenizer_folder)
+    task = make_task(recipe, settled.dataset, tokenizer)
     model = _build_model(settled, policy)
     mesh = make_mesh(plan.layout, ranks)
     sections = Sections(recipe.precision, recipe.parallel, recipe.comm, recipe.memory)
@@ -91,7 +95,14 @@ def build(
         placed=placed,
     )
     loader = stack.enter_context(
-        Loader(settled.dataset, plan.batch_rows, seed=recipe.train.seed, rank=mesh.rows[0], world=mesh.rows[1])
+        Loader(
+            settled.dataset,
+            plan.batch_rows,
+            seed=recipe.train.seed,
+            rank=mesh.rows[0],
+            world=mesh.rows[1],
+            transform=getattr(task, "prepare_batch", None),
+        )
     )
     checkpointer = stack.enter_context(
         Checkpointer(
@@ -107,6 +118,8 @@ def build(
     def cadence(every: Duration | str) -> Cadence:
         return Cadence(every if isinstance(every, Duration) else None, tokens_per_epoch=tokens_per_epoch)
 
+    validated = "validation" in settled.dataset.splits and recipe.train.eval_every != "never"
+    best = best_callback(recipe, task, validated=validated)
     return Run(
         loaded=settled.loaded,
         plan=plan,
@@ -114,17 +127,13 @@ def build(
         ranks=ranks,
         device=settled.device,
         dataset=settled.dataset,
-        tokenizer=load_tokenizer(settled.dataset.tokenizer_folder),
-        task=CausalLM(
-            label_smoothing=recipe.task.label_smoothing,
-            z_loss=recipe.task.z_loss,
-            compiled=bool(recipe.train.compile),
-        ),
+        tokenizer=tokenizer,
+        task=task,
         engine=engine,
         loader=loader,
         checkpointer=checkpointer,
         spikes=SpikeGuard(_spike_options(recipe)),
-        callbacks=_callbacks(recipe, plan.layout, callbacks, cadence),
+        callbacks=_callbacks(recipe, plan.layout, callbacks, cadence, best),
         log_cadence=cadence(recipe.monitor.log_every),
         evaluation_cadence=cadence(recipe.train.eval_every),
         save_cadence=cadence(recipe.checkpoint.every),
@@ -136,7 +145,7 @@ def _set_determinism(recipe: Recipe, device: torch.device) -> None:
     torch.use_deterministic_algorithms(bool(recipe.train.deterministic) and device.type == "cuda")
 
 
-def _build_model(settled: Settled, policy: Precision) -> Decoder:
+def _build_model(settled: Settled, policy: Precision) -> Backbone:
     """The model on the meta device: weights come when it is divided."""
     # Parts that are kept in fp32 must not have been rounded before.
     kept = settled.loaded.recipe.precision.keep_fp32
@@ -166,10 +175,14 @@ def _spike_options(recipe: Recipe) -> SpikeOptions:
 
 
 def _callbacks(
-    recipe: Recipe, layout: Layout, given: Sequence[Callback], cadence: Callable[[Duration | str], Cadence]
+    recipe: Recipe,
+    layout: Layout,
+    given: Sequence[Callback],
+    cadence: Callable[[Duration | str], Cadence],
+    best: Callback,
 ) -> tuple[Callback, ...]:
     """The recipe's own callbacks, then the caller's; names must differ because they key the saved state."""
-    built: list[Callback] = []
+    built: list[Callback] = [best]
     if recipe.train.early_stopping is not None:
         built.append(EarlyStopping(**dict(recipe.train.early_stopping)))
     if recipe.run.sample is not None:

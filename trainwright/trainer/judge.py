@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainwright.comm import Ranks
 from trainwright.data.examples.example import Piece
 from trainwright.tasks.task import ExampleTask, GeneratingTask, Report
 from trainwright.trainer.outputs import Outputs, by_record
+from trainwright.trainer.together import first_decides
 
-__all__ = ["Examples", "Record", "Writer", "judge", "predictions", "writes"]
+__all__ = ["Examples", "Judgement", "Record", "Writer", "judge", "predictions", "spread", "writes", "written"]
 
 Record = Mapping[str, Any]
 Writer = Callable[[list[list[int]], GeneratingTask], list[list[int]]]
@@ -32,15 +35,21 @@ def writes(task: Any) -> bool:
     return hasattr(task, "prompt") and hasattr(task, "prediction")
 
 
-def predictions(
-    task: ExampleTask, dataset: Examples, split: str, outputs: Outputs
-) -> tuple[list[Record], list[Record]]:
-    """Records that were evaluated whole, and what the task predicts for each."""
+@dataclass(frozen=True)
+class Judgement:
+    """The task's numbers, the same on every rank, and the report that they are part of, on the first."""
+
+    metrics: Mapping[str, float]
+    report: Report | None
+
+
+def predictions(task: ExampleTask, dataset: Examples, split: str, outputs: Outputs) -> dict[int, Record]:
+    """What the task predicts, by the number of the record, for those that were evaluated whole."""
     record_of_row, pieces = dataset.examples_of(split)
     numbers, grouped = by_record(outputs, record_of_row.tolist(), pieces)
     records = dataset.records_of(split)
-    chosen = [records[number] for number in numbers]
-    return chosen, task.predict(chosen, grouped)
+    found = task.predict([records[number] for number in numbers], grouped)
+    return dict(zip(numbers, found, strict=True))
 
 
 def written(task: GeneratingTask, records: Sequence[Record], writer: Writer) -> list[Record]:
@@ -61,25 +70,43 @@ def judge(
     dataset: Examples,
     split: str,
     outputs: Outputs,
+    ranks: Ranks,
     *,
     writer: Writer | None = None,
     limit: int | None = None,
-) -> Report | None:
-    """The task's report on a split.
+) -> Judgement | None:
+    """Judge the task on a split; a collective of all ranks. None where there is nothing to judge by.
 
     Args:
-        writer: writes the predictions of a task that generates; without one such a task is not judged.
+        writer: writes the predictions of a task that generates; without one such a task is not judged. All ranks write
+            the same, in step: parameters may be divided among them.
         limit: how many records it writes for.
     """
-    if writes(task):
-        if writer is None:
+    if not writes(task):
+        whole = outputs.of_all(ranks)
+        if not first_decides(ranks, lambda: whole is not None and bool(whole.rows)):
             return None
-        records = dataset.records_of(split)
-        chosen = [records[index] for index in spread(len(records), limit)]
-        report: Report = task.report(chosen, written(task, chosen, writer))
-        return report
-    if not outputs.rows:
+        return _judgement(ranks, lambda: _report(task, dataset, split, whole or Outputs()))
+    if writer is None:
         return None
-    records, predicted = predictions(task, dataset, split, outputs)
-    judged: Report = task.report(records, predicted)
-    return judged
+    records = dataset.records_of(split)
+    chosen = [records[index] for index in spread(len(records), limit)]
+    answers = written(task, chosen, writer)
+    return _judgement(ranks, lambda: task.report(chosen, answers))
+
+
+def _report(task: ExampleTask, dataset: Examples, split: str, outputs: Outputs) -> Report:
+    found = predictions(task, dataset, split, outputs)
+    records = dataset.records_of(split)
+    return task.report([records[number] for number in found], list(found.values()))
+
+
+def _judgement(ranks: Ranks, make: Callable[[], Report]) -> Judgement:
+    reports: list[Report] = []
+
+    def metrics() -> dict[str, float]:
+        reports.append(make())
+        return {name: float(value) for name, value in reports[0].metrics.items()}
+
+    numbers = first_decides(ranks, metrics)
+    return Judgement(numbers, reports[0] if reports else None)

@@ -19,7 +19,9 @@ from trainwright.base.protocols import StateDict
 from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks
 from trainwright.config import LoadedRecipe, Recipe
-from trainwright.data import Loader, TokenDataset, Tokenizer, evaluation_batches, evaluation_rows, fit_and_score
+from trainwright.data import Loader, Tokenizer, evaluation_batches, evaluation_rows, fit_and_score
+from trainwright.data.examples.checks import check_trainable
+from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.engine import Engine
 from trainwright.launch import Heartbeat
 from trainwright.models.fields import config_fields
@@ -32,6 +34,7 @@ from trainwright.trainer.callbacks import Callback
 from trainwright.trainer.evaluation import Evaluation
 from trainwright.trainer.run_folder import RunFolder
 from trainwright.trainer.state import TrainState
+from trainwright.trainer.task import Dataset
 from trainwright.trainer.together import first_decides
 
 __all__ = ["Run"]
@@ -41,7 +44,8 @@ __all__ = ["Run"]
 class Run:
     """One run between `build` and its end.
 
-    Attributes that are not parts: `stop_reason` ends the loop early and orderly when a callback sets it; `diverged`
+    Attributes that are not parts: `stop_reason` ends the loop early and orderly when a callback sets it; `save_wanted`
+    is set by a callback too, and asks for a checkpoint once all have seen the evaluation; `diverged`
     holds the reason when the guard says stop; `baselines` are validation losses of counting models on the same tokens.
     """
 
@@ -50,7 +54,7 @@ class Run:
     folder: RunFolder
     ranks: Ranks
     device: torch.device
-    dataset: TokenDataset
+    dataset: Dataset
     tokenizer: Tokenizer
     task: Task
     engine: Engine
@@ -65,6 +69,7 @@ class Run:
     last_evaluation: Evaluation | None = None
     baselines: dict[str, float] = field(default_factory=dict)
     stop_reason: str | None = None
+    save_wanted: bool = False
     diverged: str | None = None
     heartbeat: Heartbeat | None = None
     meter: ThroughputMeter = field(init=False)
@@ -83,9 +88,12 @@ class Run:
 
     def start(self) -> None:
         """Count the baselines, allocate and start what runs beside the loop; called once, after a restore."""
-        if self.validation_rows:
-            rows = evaluation_rows(self.dataset, limit_rows=self.validation_rows)
-            self.baselines = first_decides(self.ranks, lambda: fit_and_score(self.dataset, rows=rows).to_dict())
+        dataset = self.dataset
+        if isinstance(dataset, ExampleDataset):
+            check_trainable(dataset)
+        elif self.validation_rows and self.task.name == "causal_lm":
+            rows = evaluation_rows(dataset, limit_rows=self.validation_rows)
+            self.baselines = first_decides(self.ranks, lambda: fit_and_score(dataset, rows=rows).to_dict())
         self.checkpointer.prepare(self.state_dict())
         for callback in self.callbacks:
             callback.on_run_start(self)
@@ -110,16 +118,23 @@ class Run:
         return min(rows, max(1, int(wanted) // self.recipe.data.sequence_length))
 
     def validation_batches(self) -> Iterator[dict[str, Tensor]] | None:
-        """The evaluation's batches, in the shape that training compiled for; None where there is no validation."""
-        if not self.validation_rows:
-            return None
+        """The evaluation's batches; None where there is no validation."""
+        return self.batches_of("validation", self.validation_rows) if self.validation_rows else None
+
+    def batches_of(self, split: str, limit_rows: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Batches of rows of a split, in the shape that training compiled for.
+
+        limit_rows: so many, evenly spread; None takes all.
+        """
         place, places = self.engine.data_parallel.mesh.rows
         batches = evaluation_batches(
             self.dataset,
             self.plan.micro_rows * places,
+            split,
             rank=place,
             world=places,
-            limit_rows=self.validation_rows,
+            limit_rows=limit_rows,
+            transform=getattr(self.task, "prepare_batch", None),
         )
         return (self._evaluated(batch) for batch in batches)
 
@@ -189,6 +204,7 @@ class Run:
             "validation_loss": self.last_evaluation.loss if self.last_evaluation else None,
         }
         self.beat("save")
+        self.save_wanted = False
         self.state.seconds = self.ranks.broadcast_json(self.state.seconds)  # what is saved is the same on all ranks
         self.checkpointer.save(self.state.step, self.state_dict(), meta, required=final)
 

@@ -9,6 +9,8 @@ runs/NAME/
     checkpoints/step-N/    resumable state
     tokenizer/             the tokenizer, so that checkpoints are usable without the dataset
     model/                 the trained model as a Hugging Face folder
+    report.json            the task's metrics on the validation and test rows, at the end
+    reports/               the same in full: SPLIT.txt, SPLIT.json, SPLIT-errors.jsonl, SPLIT-confusion.svg
 """
 
 from __future__ import annotations
@@ -68,6 +70,14 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def reports(self) -> Path:
+        return self.path / "reports"
 
     def read_info(self) -> dict[str, Any]:
         """`run.json`, or {} before the run has written it; ConfigError when it is not JSON."""

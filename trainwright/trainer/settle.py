@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -11,20 +12,27 @@ from trainwright.base.device import device_facts, host_memory_limit, measure_mat
 from trainwright.base.events import emit
 from trainwright.base.text import human_bytes
 from trainwright.comm import ALONE, Ranks
-from trainwright.config import LoadedRecipe
-from trainwright.data import BuildProgress, BuildSpec, TokenDataset, build_spec, prepare_dataset
+from trainwright.config import LoadedRecipe, Recipe
+from trainwright.data import BuildProgress, TokenDataset, build_spec, prepare_dataset
+from trainwright.data.examples.build import build_examples
+from trainwright.data.examples.checks import padding_share
+from trainwright.data.examples.dataset import ExampleDataset
+from trainwright.data.examples.spec import example_spec
 from trainwright.models import ModelConfig
+from trainwright.models.heads import HeadSpec
 from trainwright.ops.attention import choose_backend
 from trainwright.ops.cpu_runtime import tune_cpu_runtime
-from trainwright.planner import DataFacts, Decision, MachineFacts, Plan, resolve
+from trainwright.planner import DataFacts, Decision, MachineFacts, Plan, TuningFacts, resolve
 from trainwright.planner.model_facts import model_facts
 from trainwright.trainer.estimate import estimate_data
 from trainwright.trainer.model_section import model_source
+from trainwright.trainer.task import Dataset, define_task
 from trainwright.trainer.together import first_decides
 
 __all__ = ["Settled", "machine_facts", "settle"]
 
 NOTICE_SECONDS = 5.0
+PADDED_TOGETHER = 32  # rows of a batch, where it is not known yet how many there will be
 PEAK_SECONDS = 0.5  # per type: enough for a few dozen products, of which the fastest counts
 
 
@@ -37,7 +45,7 @@ class Settled:
         plan: the decisions and predictions.
         model_config: the family's configuration, vocabulary settled.
         pretrained: folder of the weights to start from, None for random ones.
-        dataset: the built dataset; None in a dry run that found none in the cache.
+        dataset: the built dataset; None in a dry run of a task that learns from running text.
         device: where the model goes.
     """
 
@@ -45,7 +53,7 @@ class Settled:
     plan: Plan
     model_config: ModelConfig
     pretrained: str | None
-    dataset: TokenDataset | None
+    dataset: Dataset | None
     device: torch.device
 
 
@@ -56,7 +64,8 @@ def settle(
 
     Args:
         loaded: the recipe as written.
-        build_data: tokenize and pack what is not in the cache yet. False estimates from file sizes instead.
+        build_data: tokenize and pack texts that are not in the cache yet. False estimates from file sizes instead.
+            Tasks made of records build in any case: only then is it known how many labels the model needs.
         ranks: the processes that train together; rank 0 measures for all.
         processes: plan for so many processes of this host although this one is alone.
     """
@@ -66,13 +75,21 @@ def settle(
     if device_facts().kind == "cpu":
         tune_cpu_runtime()
     source = model_source(recipe.model)
-    spec = build_spec(recipe.data, model_tokenizer=source.tokenizer)
-    dataset, data = ranks.first_then_others(lambda: _data(spec, loaded, build_data))
+    dataset, data = ranks.first_then_others(lambda: _data(loaded, source.tokenizer, build_data))
     model_config = source.config_for(data.vocab_size, data.sequence_length)
+    head = _head(recipe, dataset)
+    if model_config.head != head:
+        model_config = replace(model_config, head=head)
     machine = MachineFacts(**first_decides(ranks, lambda: asdict(machine_facts(ranks))))
     if processes is not None:
         machine = machine.shared_by(processes)
-    plan = resolve(recipe, machine, data, model_facts(model_config, data.sequence_length))
+    tuning = TuningFacts(
+        pretrained=source.pretrained is not None,
+        task=recipe.task.name,
+        adapter=recipe.adapter is not None,
+        kind=_kind(model_config),
+    )
+    plan = resolve(recipe, machine, data, model_facts(model_config, data.sequence_length), tuning)
     earlier = source.decisions(model_config, data.vocab_size)
     if recipe.model.attention == "auto":
         masked = dataset is not None and dataset.has_document_ids
@@ -127,20 +144,61 @@ def machine_facts(ranks: Ranks = ALONE) -> MachineFacts:
     )
 
 
-def _data(spec: BuildSpec, loaded: LoadedRecipe, build_data: bool) -> tuple[TokenDataset | None, DataFacts]:
-    section = loaded.recipe.data
+def _kind(config: ModelConfig) -> Literal["decoder", "encoder", "encoder_decoder"]:
+    """How a model reads: forwards only, both ways, or both ways and then writing."""
+    kind = getattr(config, "kind", "encoder" if config.family == "bert" else "causal_lm")
+    if kind == "seq2seq":
+        return "encoder_decoder"
+    return "decoder" if kind == "causal_lm" else "encoder"
+
+
+def _head(recipe: Recipe, dataset: Dataset | None) -> HeadSpec | None:
+    """What the task puts in place of the language-model head, its labels named."""
+    if not isinstance(dataset, ExampleDataset):
+        return None
+    definition = define_task(recipe.task, recipe.data.sequence_length)
+    assert definition is not None
+    return definition.bind(dataset.survey, dataset.tokenizer()).head
+
+
+def _data(loaded: LoadedRecipe, tokenizer: str | None, build_data: bool) -> tuple[Dataset | None, DataFacts]:
+    recipe = loaded.recipe
+    section = recipe.data
+    workers = None if section.workers == "auto" else section.workers
+    definition = define_task(recipe.task, recipe.data.sequence_length)
+    if definition is not None:
+        wanted = example_spec(section, recipe.task, model_tokenizer=tokenizer)
+        examples = build_examples(wanted, definition, section.cache, workers=workers, progress=_BuildNotices())
+        return examples, _example_facts(examples)
+    spec = build_spec(section, model_tokenizer=tokenizer)
     if not build_data:
         return None, estimate_data(spec)
-    workers = None if section.workers == "auto" else section.workers
     dataset = prepare_dataset(spec, section.cache, workers, progress=_BuildNotices())
+    return dataset, _text_facts(dataset)
+
+
+def _text_facts(dataset: TokenDataset) -> DataFacts:
     train = dataset.facts("train")
-    validation = dataset.rows("validation") if "validation" in dataset.splits else 0
-    return dataset, DataFacts(
+    return DataFacts(
         train_rows=train.rows,
-        validation_rows=validation,
-        sequence_length=section.sequence_length,
+        validation_rows=dataset.rows("validation") if "validation" in dataset.splits else 0,
+        sequence_length=dataset.sequence_length,
         trained_per_row=train.trained_tokens / train.rows,
-        vocab_size=dataset.manifest.vocab_size,
+        vocab_size=dataset.vocab_size,
+    )
+
+
+def _example_facts(dataset: ExampleDataset) -> DataFacts:
+    train = dataset.facts("train")
+    padding = padding_share(dataset, PADDED_TOGETHER)
+    return DataFacts(
+        train_rows=train.rows,
+        validation_rows=dataset.rows("validation") if "validation" in dataset.splits else 0,
+        sequence_length=dataset.sequence_length,
+        trained_per_row=train.trained_tokens / train.rows,
+        vocab_size=dataset.vocab_size,
+        computed_per_row=train.inputs / train.rows / (1 - padding),
+        records=True,
     )
 
 

@@ -24,9 +24,10 @@ from trainwright.base.seeds import derive_seed
 from trainwright.config import LoadedRecipe, load_recipe
 from trainwright.engine import StepReport
 from trainwright.monitor import Monitor
+from trainwright.trainer.best import take_best_weights
 from trainwright.trainer.build import build
 from trainwright.trainer.callbacks import Callback
-from trainwright.trainer.evaluation import Evaluation, evaluate
+from trainwright.trainer.evaluation import Evaluation
 from trainwright.trainer.export import export_model
 from trainwright.trainer.ranks import agree_on_due, due_together, join_ranks
 from trainwright.trainer.records import begin_session, console_sink, end_session, file_sinks
@@ -34,6 +35,8 @@ from trainwright.trainer.resume import enter_folder, restore
 from trainwright.trainer.run import Run
 from trainwright.trainer.settle import settle
 from trainwright.trainer.signals import StopRequest
+from trainwright.trainer.task import save_task
+from trainwright.trainer.validate import final_reports, validate
 
 __all__ = ["RunResult", "Trainer"]
 
@@ -153,7 +156,7 @@ class Trainer:
                     f"stopped by {by} after step {state.step} of {plan.steps}; everything is saved",
                     hint="go on with: trainwright train RECIPE --resume auto",
                 )
-            if due.save and state.step < plan.steps:
+            if (due.save or run.save_wanted) and state.step < plan.steps:
                 run.save()
 
     def _step(self, run: Run, batch: Mapping[str, torch.Tensor]) -> StepReport:
@@ -192,11 +195,10 @@ class Trainer:
         )
 
     def evaluate(self, run: Run) -> Evaluation | None:
-        """Validation loss now; None when the recipe has no validation rows."""
-        batches = run.validation_batches()
-        if batches is None or run.state.last_evaluation == run.state.step:
+        """Validation now: loss and the task's metrics; None when the recipe has no validation rows."""
+        if not run.validation_rows or run.state.last_evaluation == run.state.step:
             return run.last_evaluation
-        result = evaluate(run.engine, run.task, batches)
+        result = validate(run)
         state = run.state
         state.evaluations += 1
         state.last_evaluation = state.step
@@ -210,6 +212,7 @@ class Trainer:
             loss=result.loss,
             perplexity=result.perplexity,
             evaluated_tokens=result.tokens,
+            metrics=dict(result.metrics),
             baselines=run.baselines,
         )
         for callback in run.callbacks:
@@ -221,9 +224,12 @@ class Trainer:
         if run.recipe.checkpoint.save_final:
             run.save(final=True)
         with run.without_beats("export"):
+            take_best_weights(run)
             for callback in run.callbacks:
                 callback.on_run_end(run)
             export_model(run)
+            save_task(run.recipe, run.dataset, run.folder.model, run.ranks)
+            final_reports(run)
         state = run.state
         return RunResult(run.folder.path, state.step, state.tokens, result.loss if result else None, state.seconds)
 

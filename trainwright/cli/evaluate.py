@@ -1,0 +1,90 @@
+"""`trainwright eval RUN|MODEL` and `trainwright predict RUN|MODEL DATA`"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainwright.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainwright.trainer.evaluation import Evaluation
+
+__all__ = ["evaluate", "predict"]
+
+Model = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="The folder of a finished run, or a model folder that it exported.")
+]
+Rows = Annotated[int, typer.Option("--batch-rows", min=1, help="Rows of one forward pass.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
+Numbers = Annotated[str, typer.Option("--precision", help="fp32 or bf16.")]
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Data to judge on instead of the run's own.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the run's own data: test, validation or train.")] = "test",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report, the errors and the confusion matrix as a picture.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Records to write answers for, where the task writes.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as one JSON object.")] = False,
+    batch_rows: Rows = 32,
+    device: Device = "auto",
+    precision: Numbers = "fp32",
+) -> None:
+    """Judge a finished model: loss, the task's metrics and report."""
+    from trainwright.trainer.assess import assess, open_trained
+    from trainwright.trainer.report import write_report
+
+    trained = open_trained(model, device=device, numbers=precision)
+    result = assess(trained, split=split, source=data, rows=batch_rows, limit=limit)
+    if out is not None and result.report is not None:
+        write_report(out, Path(data).stem if data else split, result.report, loss=result.loss)
+    if as_json:
+        print(json.dumps({"loss": result.loss, "count": result.tokens, **result.metrics}, ensure_ascii=False))
+    else:
+        print("\n".join(_lines(result)))
+
+
+def _lines(result: Evaluation) -> list[str]:
+    from trainwright.trainer.report import describe_report
+
+    if result.report is None:
+        return [f"loss {result.loss:.4f} over {result.tokens:,}, perplexity {result.perplexity:.2f}"]
+    return [*describe_report(result.report), "", f"loss {result.loss:.4f} over {result.tokens:,}"]
+
+
+def predict(
+    model: Model,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA|-", help="Records to predict for, in any format of the task; - is stdin.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write; standard output by default.")] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="Format of the file, as in `data convert`; JSON lines by default.")
+    ] = None,
+    batch_rows: Rows = 32,
+    device: Device = "auto",
+    precision: Numbers = "fp32",
+) -> None:
+    """Write what a finished model predicts, in the task's own format."""
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists already", hint="name a new file; nothing is overwritten")
+    if to is not None and out is None:
+        raise ConfigError("--to needs a file", hint="give --out FILE")
+    from trainwright.trainer.assess import open_trained
+    from trainwright.trainer.predicting import predict_file
+
+    trained = open_trained(model, device=device, numbers=precision)
+    lines, failed = predict_file(trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin)
+    for line in lines:
+        print(line)
+    if failed:
+        print(f"{failed:,} records could not be used; their line says why", file=sys.stderr)

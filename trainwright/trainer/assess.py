@@ -1,0 +1,241 @@
+"""A finished model on data: its task's report, and its predictions. What `trainwright eval` and `predict` do."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainwright.base.device import device_facts
+from trainwright.base.errors import ConfigError, DataError
+from trainwright.config import LoadedRecipe, load_recipe
+from trainwright.config.tasks import TaskSection
+from trainwright.data import SourceSpec, Tokenizer, build_spec, evaluation_batches, load_tokenizer, prepare_dataset
+from trainwright.data.examples.build import build_examples
+from trainwright.data.examples.dataset import ExampleDataset
+from trainwright.data.examples.spec import ExampleSpec, example_spec
+from trainwright.engine import Engine, precision
+from trainwright.models import load_pretrained
+from trainwright.tasks import Task
+from trainwright.tasks.task import ExampleTask, TaskDefinition
+from trainwright.trainer.evaluation import Evaluation, evaluate
+from trainwright.trainer.judge import Record, judge, predictions, writes, written
+from trainwright.trainer.model_section import model_source
+from trainwright.trainer.outputs import Outputs
+from trainwright.trainer.run_folder import RunFolder
+from trainwright.trainer.task import Dataset, define_task, load_task, make_task
+from trainwright.trainer.writing import engine_writer
+
+__all__ = ["Trained", "assess", "open_trained", "predict"]
+
+DATA_SPLIT = "train"  # of a dataset that was built to be evaluated, which has only one
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished model with its task.
+
+    Attributes:
+        folder: of the model. run: the run folder it lies in, None for a model on its own.
+        recipe: of the run. section, sequence_length: of the task.
+        survey, format, columns: what the task knew of its training records, and how these were read.
+    """
+
+    folder: Path
+    run: RunFolder | None
+    recipe: LoadedRecipe | None
+    section: TaskSection
+    sequence_length: int
+    survey: Mapping[str, Any]
+    format: str
+    columns: Mapping[str, str]
+    tokenizer: Tokenizer
+    engine: Engine
+
+    @property
+    def from_records(self) -> bool:
+        """Whether the task is made of records."""
+        return define_task(self.section, self.sequence_length) is not None
+
+
+def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32") -> Trained:
+    """Open a run folder that has finished, or a model folder that a run exported.
+
+    Args:
+        numbers: precision of the forward pass, as recipes name it.
+
+    Raises:
+        ConfigError: there is no finished model, or nothing says what its task is.
+    """
+    path = Path(path)
+    run = RunFolder(path) if (path / "run.json").is_file() else None
+    folder = run.model if run is not None else path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"no finished model at {path}: {folder / 'config.json'} is missing",
+            hint="give the folder of a finished run, or a model folder that a run exported",
+        )
+    recipe = load_recipe(run.recipe) if run is not None else None
+    kept = load_task(folder)
+    if kept is None and recipe is None:
+        raise ConfigError(
+            f"{folder} does not say what its task is", hint="give the run folder, or a model folder of a fine-tuned run"
+        )
+    if kept is None:
+        assert recipe is not None
+        kept = {"task": recipe.recipe.task, "survey": {}, "data": {}}
+    data = kept["data"]
+    model = load_pretrained(folder, dtype=torch.float32)
+    target = device_facts().kind if device == "auto" else device
+    engine = Engine(model.to(target), None, multiplier=lambda step: 0.0, precision=precision(numbers))
+    length = data.get("sequence_length") or (recipe.recipe.data.sequence_length if recipe is not None else 512)
+    return Trained(
+        folder=folder,
+        run=run,
+        recipe=recipe,
+        section=kept["task"],
+        sequence_length=length,
+        survey=kept["survey"],
+        format=data.get("format", "auto"),
+        columns=data.get("columns", {}),
+        tokenizer=load_tokenizer(folder),
+        engine=engine,
+    )
+
+
+class _Known:
+    """A task's definition that has seen its training records already."""
+
+    def __init__(self, definition: TaskDefinition, survey: Mapping[str, Any]) -> None:
+        self.name = definition.name
+        self.shape = definition.shape
+        self._definition = definition
+        self._survey = dict(survey)
+
+    def survey(self, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        return self._survey
+
+    def bind(self, survey: Mapping[str, Any], tokenizer: Tokenizer) -> ExampleTask:
+        return self._definition.bind(survey, tokenizer)
+
+
+def _examples(trained: Trained, source: str, cache: str, *, max_drop: float) -> ExampleDataset:
+    """The records of a source as examples, labels and tokenizer as in training."""
+    definition = define_task(trained.section, trained.sequence_length)
+    assert definition is not None
+    spec = ExampleSpec(
+        train=(SourceSpec(source),),
+        validation=None,
+        tokenizer=trained.tokenizer,
+        sequence_length=trained.sequence_length,
+        format=trained.format,
+        columns=trained.columns,
+        max_drop=max_drop,
+    )
+    return build_examples(spec, _Known(definition, trained.survey), cache)
+
+
+def _own_data(trained: Trained) -> Dataset:
+    """The dataset that the run was trained on, from its recipe."""
+    if trained.recipe is None:
+        raise ConfigError(f"{trained.folder} is a model on its own: nothing says on what", hint="give --data FILE")
+    recipe = trained.recipe.recipe
+    tokenizer = model_source(recipe.model).tokenizer
+    definition = define_task(recipe.task, recipe.data.sequence_length)
+    if definition is None:
+        return prepare_dataset(build_spec(recipe.data, model_tokenizer=tokenizer), recipe.data.cache)
+    return build_examples(
+        example_spec(recipe.data, recipe.task, model_tokenizer=tokenizer), definition, recipe.data.cache
+    )
+
+
+@contextmanager
+def _data(trained: Trained, source: str | None, split: str, *, max_drop: float = 0.05) -> Iterator[tuple[Dataset, str]]:
+    """The dataset to look at and its split; what is built of a given source is gone afterwards."""
+    if source is None:
+        dataset = _own_data(trained)
+        if split not in dataset.splits:
+            raise ConfigError(
+                f"the run's data has no split {split!r}; it has {', '.join(dataset.splits)}",
+                hint=f"give data.{split} in the recipe, or --data FILE",
+            )
+        yield dataset, split
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        if trained.from_records:
+            yield _examples(trained, source, cache, max_drop=max_drop), DATA_SPLIT
+            return
+        assert trained.recipe is not None, "a task that learns from text is known by its run"
+        spec = build_spec(trained.recipe.recipe.data, model_tokenizer=str(trained.folder))
+        texts = replace(spec, sources=(SourceSpec(source),), tokenizer=trained.tokenizer, validation=None)
+        yield prepare_dataset(texts, cache), DATA_SPLIT
+
+
+def _task(trained: Trained, dataset: Dataset) -> Task:
+    definition = define_task(trained.section, trained.sequence_length)
+    if definition is not None:
+        return definition.bind(trained.survey or getattr(dataset, "survey", {}), trained.tokenizer)
+    assert trained.recipe is not None
+    return make_task(trained.recipe.recipe, dataset, trained.tokenizer)
+
+
+def _evaluated(trained: Trained, task: Task, dataset: Dataset, split: str, rows: int) -> tuple[Evaluation, Outputs]:
+    device = next(trained.engine.model.parameters()).device
+    transform = getattr(task, "prepare_batch", None)
+    batches = evaluation_batches(dataset, rows, split, transform=transform)
+    outputs = Outputs()
+    on_device = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
+    return evaluate(trained.engine, task, on_device, outputs=outputs), outputs
+
+
+def assess(
+    trained: Trained, *, split: str = "test", source: str | None = None, rows: int = 32, limit: int | None = None
+) -> Evaluation:
+    """Loss, metrics and report of a model.
+
+    Args:
+        split: of the run's own data; without effect beside `source`.
+        source: data to judge on instead, in any format that the task reads.
+        rows: of one forward pass.
+        limit: records that a task which writes is judged on; None takes all.
+    """
+    with _data(trained, source, split) as (dataset, chosen):
+        task = _task(trained, dataset)
+        result, outputs = _evaluated(trained, task, dataset, chosen, rows)
+        if not isinstance(dataset, ExampleDataset):
+            return result
+        writer = engine_writer(trained.engine, rows=rows)
+        judged = judge(task, dataset, chosen, outputs, trained.engine.ranks, writer=writer, limit=limit)
+        return result if judged is None else replace(result, metrics=judged.metrics, report=judged.report)
+
+
+def predict(trained: Trained, source: str, *, rows: int = 32) -> Iterator[tuple[Record, Record | None]]:
+    """Records of a source and what the model predicts for each, in file order; None where a record gives no example.
+
+    Raises:
+        ConfigError: the task predicts nothing (a language model writes: `trainwright generate`).
+    """
+    if not trained.from_records:
+        raise ConfigError(
+            f"the task {trained.section.name} predicts nothing of records",
+            hint="`trainwright generate` goes on from a text; `trainwright eval` gives the loss",
+        )
+    with _data(trained, source, "", max_drop=1.0) as (dataset, split):
+        assert isinstance(dataset, ExampleDataset)
+        task: Any = _task(trained, dataset)
+        records = dataset.records_of(split)
+        if not len(records):
+            raise DataError(f"{source} holds no records")
+        if writes(task):
+            answers = written(task, records, engine_writer(trained.engine, rows=rows))
+            yield from zip(records, answers, strict=True)
+            return
+        _, outputs = _evaluated(trained, task, dataset, split, rows)
+        found = predictions(task, dataset, split, outputs)
+        for number, record in enumerate(records):
+            yield record, found.get(number)
