@@ -20,7 +20,7 @@ TOKENIZER = word_tokenizer(WORDS, extra=MARKERS)
 
 RECORDS = [
     {
-        "tokens": ["the", "fire", "caused", "by", "a", "spark"],
+        "tokens": ["a", "fire", "caused", "by", "a", "spark"],
         "head": [1, 2],
         "tail": [5, 6],
         "relation": "Cause(e2,e1)",
