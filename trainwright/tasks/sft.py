@@ -100,21 +100,20 @@ class SFT:
 
     @property
     def max_new_tokens(self) -> int:
-        new: int = self.section.max_new_tokens
-        return new
+        """At most half of the longest example, so that a question fits beside it."""
+        return min(int(self.section.max_new_tokens), max(1, self.encoder.max_length // 2))
 
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
-        """What stands before the assistant's last message, oldest turns left out where it would not fit beside an
-        answer of `max_new_tokens`."""
+        """What stands before the assistant's last message. Where it would not fit beside an answer of `max_new_tokens`,
+        the oldest turns are left out, and of a single turn that is too long the beginning."""
         before, _ = self._split(record)
-        limit = self.encoder.max_length
-        room = limit - min(self.max_new_tokens, limit // 2)
+        room = self.encoder.max_length - self.max_new_tokens
         ids = self.chat.prompt(before, record.get("tools"))
         for rest in shortened(before):
             if len(ids) <= room:
                 break
             ids = self.chat.prompt(rest, record.get("tools"))
-        return ids
+        return ids[-room:]
 
     def prediction(self, record: Mapping[str, Any], tokens: Sequence[int]) -> Mapping[str, Any]:
         """{"text", "ended", "tokens"}: the answer, whether the model ended it, how many tokens it wrote."""

@@ -258,7 +258,8 @@ def test_prompt_and_prediction() -> None:
     assert task.prediction(RECORDS[1], tokenizer.encode("012"))["ended"] is False
     assert task.predict([RECORDS[1]], [{"tokens": [answer]}]) == [task.prediction(RECORDS[1], answer)]
     assert task.stop_ids == (tokenizer.core.token_to_id("<|im_end|>"), tokenizer.eos_id)
-    assert task.max_new_tokens == 256
+    assert task.max_new_tokens == 64  # half of 128
+    assert task_of(2000).max_new_tokens == 256
 
 
 def test_a_long_conversation_is_asked_with_its_newest_turns() -> None:
@@ -268,6 +269,9 @@ def test_a_long_conversation_is_asked_with_its_newest_turns() -> None:
     assert len(prompt) <= 100
     assert task.tokenizer.decode(prompt).endswith("the last one?\nassistant\n")
     assert len(task_of(5000).prompt(record)) > 100
+    single = task.prompt(chat("word " * 300))
+    assert len(single) == 100
+    assert task.tokenizer.decode(single).endswith("word \nassistant\n")
 
 
 def test_report() -> None:
