@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.parallel import blocks_of
 
 __all__ = ["compile_blocks"]
 
 
 def compile_blocks(model: nn.Module) -> int:
-    """Compile the forward pass of each repeated block, and a decoder's final norm, in place; returns how many blocks.
+    """Compile the forward pass of each repeated block, and a native model's final norm, in place; returns how many
+    blocks.
 
     Blocks are compiled one by one, not the model as a whole: equal blocks hit the same compiled code, so the time to
     compile does not grow with depth, and the embedding's backward stays out of the graph (the compiler's scatter-add
@@ -25,8 +26,9 @@ def compile_blocks(model: nn.Module) -> int:
             block.compile(dynamic=False)
         else:
             _compile_forward(block)
-    if isinstance(model, Decoder) and model.final_norm is not None:  # None where another stage has it
-        _compile_forward(model.final_norm)
+    norm = model.final_norm if isinstance(model, Backbone) else None  # None too where another stage has it
+    if norm is not None and any(True for _ in norm.parameters()):  # blocks that end with one need none
+        _compile_forward(norm)
     return len(blocks)
 
 

@@ -22,7 +22,7 @@ from trainwright.engine.engine import Batch, Engine, ForwardBackward
 from trainwright.engine.pipelined import Pipelined
 from trainwright.engine.precision import Precision, keep_residual_fp32, wire_type
 from trainwright.memory import apply_chunked_mlp
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.parallel import DataParallel, ZeroOptions, apply_zero, blocks_of
 from trainwright.parallel.context import apply_context, cut_batch
 from trainwright.parallel.expert import apply_expert, expert_modules
@@ -96,7 +96,7 @@ def _refuse_host_parameters(memory: MemorySection, mesh: Mesh) -> None:
 
 def _refuse_kept_head(model: nn.Module, precision: PrecisionSection, mesh: Mesh) -> None:
     """The loss multiplies with the head's weight itself, where nothing gathers a module of its own."""
-    head = model.lm_head if isinstance(model, Decoder) else None
+    head = model.lm_head if isinstance(model, Backbone) else None
     if head is None or not mesh.layout.is_sharded:
         return
     named = [pattern for pattern in precision.keep_fp32 if re.search(pattern, "lm_head")]
@@ -121,7 +121,7 @@ def _apply_context(model: nn.Module, mesh: Mesh, *, compiled: bool) -> Callable[
 
 
 def _apply_zero(model: nn.Module, mesh: Mesh, policy: Precision, sections: Sections) -> DataParallel:
-    if mesh.layout.is_sharded and policy.gather_dtype is not None and isinstance(model, Decoder):
+    if mesh.layout.is_sharded and policy.gather_dtype is not None and isinstance(model, Backbone):
         keep_residual_fp32(model)
     options = ZeroOptions(
         wire=wire_type(sections.comm.wire, policy),

@@ -25,7 +25,7 @@ from trainwright.comm.mesh import Layout, make_mesh
 from trainwright.engine.names import with_tied_names, without_tied_names
 from trainwright.engine.precision import Precision
 from trainwright.memory import PlacedState
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.models.moe.load import join_load_statistics
 from trainwright.optim import EMA, LossScaler, StepInBackward, clip_factor, parts_of, squared_norm_sum
 from trainwright.optim.groups import NOTHING_TO_TRAIN
@@ -344,7 +344,7 @@ class Engine:
     def prepare(self, model: Any, micro_batch: Batch) -> Batch:
         """What a schedule calls before a part of the model sees a micro-batch: tells dropout which rows they are."""
         rest = {key: value for key, value in micro_batch.items() if key != ROW_NUMBERS}
-        if isinstance(model, Decoder):
+        if isinstance(model, Backbone):
             rows = None if self._dropout_seed is None else micro_batch[ROW_NUMBERS]
             model.set_dropout(seed=self._dropout_seed, rows=rows)
         return rest
@@ -376,14 +376,14 @@ class Engine:
 
     def _balance_experts(self, *, taken: bool) -> None:
         """Tell a mixture of experts what all ranks' tokens asked of it in this step."""
-        loads = self.model.take_loads() if isinstance(self.model, Decoder) else None
+        loads = self.model.take_loads() if isinstance(self.model, Backbone) else None
         if loads is not None and taken:
             self.model.update_balance(self.data_parallel.data.sum_(loads))
 
     def load_statistics(self) -> dict[str, float]:
         """How evenly the last step loaded the experts of all layers; empty without experts. All ranks call it."""
-        own = self.model.load_statistics() if isinstance(self.model, Decoder) else {}
-        if self.data_parallel.mesh.pipeline.size == 1 or not isinstance(self.model, Decoder):
+        own = self.model.load_statistics() if isinstance(self.model, Backbone) else {}
+        if self.data_parallel.mesh.pipeline.size == 1 or not isinstance(self.model, Backbone):
             return own
         return join_load_statistics(self.ranks.all_gather_json(own))
 

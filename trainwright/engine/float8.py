@@ -8,6 +8,7 @@ from torch import nn
 from trainwright.base.errors import ConfigError, MissingDependencyError
 from trainwright.config import PrecisionSection
 from trainwright.config.precision_section import FP8Precision
+from trainwright.models.task_heads import RowHead, TokenHead
 
 __all__ = ["use_float8"]
 
@@ -37,7 +38,8 @@ def use_float8(model: nn.Module, section: PrecisionSection, device: torch.device
 
     def fits(module: nn.Module, name: str) -> bool:
         nonlocal exchanged
-        if not isinstance(module, nn.Linear) or name.endswith("lm_head"):
+        # Heads compute in the type of the others, and those of tasks are linears with a forward pass of their own.
+        if not isinstance(module, nn.Linear) or isinstance(module, RowHead | TokenHead) or "lm_head" in name.split("."):
             return False
         allowed = module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0
         exchanged += allowed

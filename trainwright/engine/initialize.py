@@ -43,7 +43,7 @@ from trainwright.engine.own_loop import OwnLoopEngine
 from trainwright.engine.precision import Precision, precision
 from trainwright.engine.weigh import refuse_too_large
 from trainwright.memory import place_state
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.optim import GroupedOptimizer, LossScaler, build_optimizer
 from trainwright.parallel.pipeline import parameter_names
 from trainwright.parallel.synchronise import synchronise
@@ -113,7 +113,7 @@ def initialize(
         all_ranks=ranks.world,
     )
     policy = precision(_precision_name(settings))
-    facts = model_facts(model.config, model.config.max_position_embeddings) if isinstance(model, Decoder) else None
+    facts = model_facts(model.config, model.config.max_position_embeddings) if isinstance(model, Backbone) else None
     layout = choose_layout(settings.parallel, ranks.world, accumulation=batch.accumulation, model=facts).layout
 
     refuse_too_large(model, settings, policy, layout, ranks, batch)

@@ -18,7 +18,7 @@ from trainwright.engine.client import ClientOptimizer
 from trainwright.engine.consolidate import readable_weights
 from trainwright.engine.engine import Engine, Guard, LossSum, StepReport
 from trainwright.engine.queued import QueuedSteps, own_loss
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.models.exporting import save_weights
 
 __all__ = ["OwnLoopEngine"]
@@ -65,7 +65,7 @@ class OwnLoopEngine(Engine):
         """
         if self._queue is None and self._cut is None:
             return super().__call__(*inputs, **named)
-        if self._queue is None or isinstance(self.model, Decoder):
+        if self._queue is None or isinstance(self.model, Backbone):
             raise ConfigError(
                 "this layout divides a forward pass over ranks, so that no rank has all logits to return",
                 hint="use engine.forward_backward(task.loss, batch, micro_rows=...), with trainwright.tasks.CausalLM()",
@@ -257,7 +257,7 @@ class OwnLoopEngine(Engine):
         Raises:
             CheckpointError: the model is neither one of Trainwright's families nor a transformers model.
         """
-        if not isinstance(self.model, Decoder):
+        if not isinstance(self.model, Backbone):
             raise CheckpointError(
                 f"{type(self.model).__name__} has no Hugging Face form that is known here",
                 hint="save_checkpoint keeps any module; native families can be exported",

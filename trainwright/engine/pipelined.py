@@ -10,7 +10,7 @@ from torch import Tensor
 from trainwright.base.errors import ConfigError
 from trainwright.comm.mesh import Mesh
 from trainwright.engine.engine import Batch, Engine, Loss
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.parallel.pipeline import PipelineRunner
 
 __all__ = ["Pipelined"]
@@ -32,7 +32,7 @@ class Pipelined:
             device=mesh.ranks.device,
             autocast=engine.autocast,
             layout=mesh.layout,
-            sequence_parts=mesh.tensor.size if isinstance(engine.model, Decoder) else 1,
+            sequence_parts=mesh.tensor.size if isinstance(engine.model, Backbone) else 1,
             residual=engine.precision.parameter_dtype,
             prepare=engine.prepare,
             traced=traced,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trainwright.base.errors import ConfigError
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.models.adapters.linear import AdaptedLinear, held_types
 
 __all__ = ["PRECISIONS", "Precision", "cast_model", "compute_in_fp32", "keep_residual_fp32", "precision", "wire_type"]
@@ -113,7 +113,7 @@ def compute_in_fp32(module: nn.Module, policy: Precision, device_type: str) -> N
     module.forward = in_fp32
 
 
-def keep_residual_fp32(model: Decoder) -> None:
+def keep_residual_fp32(model: Backbone) -> None:
     """Let the residual stream of a decoder begin in fp32 although its embedding is gathered in the compute type.
 
     Under autocast alone the stream is fp32, because the embedding is; block outputs add to it without being rounded.

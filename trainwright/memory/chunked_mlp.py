@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainwright.base.errors import ConfigError
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.models.dropout import Dropout
 from trainwright.models.moe.layer import MoE
 
@@ -46,7 +46,7 @@ def apply_chunked_mlp(
     if chunks == 1:
         return model
     if blocks is None:
-        if not isinstance(model, Decoder):
+        if not isinstance(model, Backbone):
             raise ConfigError(
                 f"which modules of {type(model).__name__} are its repeated blocks is not known",
                 hint="pass blocks=[...], for example those that find_blocks gives",

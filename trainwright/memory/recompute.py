@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from trainwright.base.errors import ConfigError
 from trainwright.memory.offload import ActivationOffload
 from trainwright.memory.selective import selective_contexts
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.models.dropout import pin
 
 __all__ = ["RecomputePolicy", "apply_recompute", "read_policy", "remove_recompute"]
@@ -90,7 +90,7 @@ def apply_recompute(
     if chosen.kind == "none" and offload is None:
         return model
     if blocks is None:
-        if not isinstance(model, Decoder):
+        if not isinstance(model, Backbone):
             raise ConfigError(
                 f"which modules of {type(model).__name__} are its repeated blocks is not known",
                 hint="pass blocks=[...], for example those that find_blocks gives",

@@ -13,7 +13,7 @@ from trainwright.base.errors import ModelError
 from trainwright.models.attention import SelfAttention
 from trainwright.models.dropout import DropoutPlace, join_place
 from trainwright.ops.attention.choose import check_backend
-from trainwright.ops.linear_cross_entropy import LossSums
+from trainwright.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 
 __all__ = ["Backbone"]
 
@@ -101,7 +101,6 @@ class Backbone(nn.Module, ABC):
 
     # --- what stands on it ---
 
-    @abstractmethod
     def head_loss(
         self,
         hidden: Tensor,
@@ -112,12 +111,43 @@ class Backbone(nn.Module, ABC):
         compiled: bool = False,
     ) -> LossSums:
         """Loss sums of the language-model head's logits for hidden [N, D] against labels [N] (-100: not trained),
-        without holding all logits; who divides the vocabulary over processes puts another function here."""
+        without holding all logits; who divides the vocabulary over processes puts another function here.
+
+        Raises:
+            ModelError: the head of a task stands in its place.
+        """
+        projection = self.language_head
+        hidden, labels = self.head_inputs(hidden, labels)
+        return linear_cross_entropy(
+            hidden,
+            projection.weight,
+            labels,
+            bias=projection.bias,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            compiled=compiled,
+        )
+
+    def head_inputs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the output projection gets for hidden [N, D], and the labels of it; rows without one may be left out."""
+        return hidden, labels
 
     @property
-    @abstractmethod
     def head_weight(self) -> Tensor:
         """The output projection [V, D], so that a loss can be computed without holding all logits."""
+        return self.language_head.weight
+
+    @property
+    def language_head(self) -> nn.Linear:
+        """`output_projection`; a ModelError where the head of a task stands in its place."""
+        projection = self.output_projection
+        if projection is None:
+            raise ModelError(
+                f"{type(self).__name__} has {'the head of a task' if self.head_name else 'no head here'}, "
+                "which gives no words",
+                hint="load or build the model without a task's head",
+            )
+        return projection
 
     @property
     def task_head(self) -> nn.Module | None:

@@ -41,14 +41,21 @@ def _active_size(config: ModelConfig, shape: tuple[int, ...]) -> int:
 
 def count_matmul_parameters(config: ModelConfig) -> int:
     """Parameters that a token is multiplied by: all matrices but the embeddings, of experts those that the token goes
-    to, and the head (tied or not)."""
-    skipped = ("embed_tokens.weight", "wte.weight", "wpe.weight", "lm_head.weight")
+    to, and the head (tied or not). That of a masked language model counts whole, though few tokens pass it."""
+    skipped = (
+        "embed_tokens.weight",
+        "wte.weight",
+        "wpe.weight",
+        "embeddings.weight",
+        "lm_head.weight",
+        "decoder.weight",
+    )
     matrices = sum(
         _active_size(config, shape)
         for name, shape in _shapes(config).items()
         if len(shape) >= 2 and not name.endswith(skipped)
     )
-    return matrices + config.vocab_size * config.hidden_size
+    return matrices + (config.vocab_size * config.hidden_size if config.head is None else 0)
 
 
 def visible_keys(sequence_length: int, window: int | None) -> float:
@@ -60,12 +67,13 @@ def visible_keys(sequence_length: int, window: int | None) -> float:
 
 
 def count_flops(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of forward and backward per trained token (one multiply-add is 2).
+    """FLOPs of forward and backward per token (one multiply-add is 2).
 
-    6 per matmul parameter (2 forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361) plus causal attention:
+    6 per matmul parameter (2 forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361) plus attention:
     scores and weighted sum take 2 * 2 * heads * head_dim per visible key forward, three times that with backward.
     Only keys that the mask lets through are counted, so a kernel that skips blocks can come near 100 % and none above.
     """
     windows = config.layer_windows()
-    attention = sum(12.0 * config.num_heads * config.head_dim * visible_keys(sequence_length, w) for w in windows)
+    keys = sum(sequence_length if config.family == "bert" else visible_keys(sequence_length, w) for w in windows)
+    attention = 12.0 * config.num_heads * config.head_dim * keys
     return 6.0 * count_matmul_parameters(config) + attention

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from trainwright.models.backbone import Backbone
 from trainwright.models.cache import KVCache
-from trainwright.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 
 __all__ = ["Decoder"]
 
@@ -51,25 +50,6 @@ class Decoder(Backbone):
         normed: Tensor = self.final_norm(x)
         return normed
 
-    def head_loss(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        compiled: bool = False,
-    ) -> LossSums:
-        """Loss sums of the head's logits for hidden [N, D] against labels [N]; see `linear_cross_entropy`."""
-        return linear_cross_entropy(
-            hidden, self.head_weight, labels, label_smoothing=label_smoothing, z_loss=z_loss, compiled=compiled
-        )
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The output projection [V, D]."""
-        return self.lm_head.weight
-
     def forward(
         self,
         input_ids: Tensor,
@@ -83,12 +63,12 @@ class Decoder(Backbone):
 
         position_ids [B, T]: default counts on from what the cache holds. document_ids [B, T]: a token attends only
         inside its own document (packed rows). cache: appended to, then attended to. key_mask [B, S]: True where a key,
-        cached or new, is a real token.
+        cached or new, is a real token. ModelError where the head of a task stands in place of the language-model head.
         """
         hidden = self.hidden_states(
             input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache, key_mask=key_mask
         )
-        logits: Tensor = self.lm_head(hidden)
+        logits: Tensor = self.language_head(hidden)
         return logits
 
     @property

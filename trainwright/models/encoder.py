@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from trainwright.models.backbone import Backbone
 from trainwright.models.task_heads import real_tokens
 from trainwright.ops.contents import has_contents
-from trainwright.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 
 __all__ = ["Encoder", "MaskedHead", "labelled_rows"]
 
@@ -54,32 +53,10 @@ class Encoder(Backbone):
         normed: Tensor = self.final_norm(self.run_blocks(x, position_ids, document_ids, key_mask))
         return normed
 
-    def head_loss(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        compiled: bool = False,
-    ) -> LossSums:
-        """Loss sums of the head's logits for hidden [N, D] against labels [N]; only labelled rows are computed."""
+    def head_inputs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the rows that have a label: the others cost nothing."""
         hidden, labels = labelled_rows(hidden, labels)
-        decoder = self.lm_head.decoder
-        return linear_cross_entropy(
-            self.lm_head.transform(hidden),
-            decoder.weight,
-            labels,
-            bias=decoder.bias,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            compiled=compiled,
-        )
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The output projection [V, D]."""
-        return self.lm_head.decoder.weight
+        return self.lm_head.transform(hidden), labels
 
     @property
     def output_projection(self) -> nn.Linear | None:
@@ -102,7 +79,8 @@ class Encoder(Backbone):
             key_mask=key_mask,
             token_type_ids=token_type_ids,
         )
-        logits: Tensor = self.lm_head(hidden)
+        projection = self.language_head
+        logits: Tensor = projection(self.lm_head.transform(hidden))
         return logits
 
 

@@ -55,4 +55,4 @@ class ModelPlan:
     @property
     def head_module(self) -> str:
         """The module that holds the head and all that only it needs."""
-        return self.head.partition(".")[0]
+        return self.head.partition(".")[0] if self.head_rest else self.head

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 
 __all__ = ["blocks_of", "find_blocks"]
 
@@ -16,7 +16,7 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     A part of a pipeline holds some of the blocks, perhaps a single one, which no structure would show.
     """
-    if not isinstance(model, Decoder):
+    if not isinstance(model, Backbone):
         return find_blocks(model)
     stack = model.blocks
     path = next(name for name, module in model.named_modules() if module is stack)

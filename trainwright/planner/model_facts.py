@@ -36,6 +36,8 @@ def model_shape(config: ModelConfig) -> ModelShape:
     experts = sum(size for name, size in relative.items() if ".experts." in f".{name}")
     embedding = sizes.get(f"{plan.embedding}.weight", 0)
     tied = bool(plan.tied)
+    before = [name for name in (plan.position_embedding, *plan.embedding_rest) if name is not None]
+    head = sum(size for name, size in sizes.items() if name.startswith(f"{plan.head_module}."))
     routed = getattr(config, "num_experts", 0)
     layers = plan.num_blocks
     return ModelShape(
@@ -48,9 +50,9 @@ def model_shape(config: ModelConfig) -> ModelShape:
         block_kv=_key_value(relative, plan) // layers,
         block_experts=experts // layers,
         embedding=embedding,
-        head=embedding if tied else sizes.get(f"{plan.head}.weight", 0),
+        head=head + (embedding if tied else 0),
         tied=tied,
-        positions=sizes.get(f"{plan.position_embedding}.weight", 0),
+        positions=sum(size for name, size in sizes.items() if name.rpartition(".")[0] in before),
         experts=routed,
         experts_per_token=getattr(config, "experts_per_token", 0) if routed else 0,
         config=config,

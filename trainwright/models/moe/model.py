@@ -54,7 +54,7 @@ class MoEForCausalLM(LlamaForCausalLM):
 
     def auxiliary_loss(self, labels: Tensor) -> Tensor | None:
         """The load-balancing loss of the latest forward pass in training, as a sum over the trained tokens of labels
-        [B, T], of the layers that are here.
+        [B, T] (or texts, [B]), of the layers that are here.
 
         For every row and layer E * sum_e f_e P_e, with f_e the choices of expert e per token and P_e the mean of its
         scores (Switch Transformer, arXiv 2101.03961, equations 4 to 6, as transformers counts it), the mean over the
@@ -64,7 +64,7 @@ class MoEForCausalLM(LlamaForCausalLM):
         if not layers:
             return None
         choices, scores, length = auxiliary_sums(layers)
-        trained = (labels != -100).sum(-1)
+        trained = (labels.reshape(labels.shape[0], -1) != -100).sum(-1)
         # One message: the choices of all layers, the trained tokens and the length of each row.
         facts = torch.stack((trained, torch.full_like(trained, length)), dim=1)
         whole = self.sum_over_row(torch.cat((choices.transpose(0, 1).flatten(1), facts), dim=1))

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from trainwright.base.errors import ConfigError, ModelError
 from trainwright.comm.mesh import Axis
-from trainwright.models import Decoder
+from trainwright.models import Backbone, Encoder
 from trainwright.models.attention import SelfAttention, attend
 from trainwright.models.cache import LayerCache
 from trainwright.models.dropout import KeptWeights
 from trainwright.ops.attention import autocast_inputs
 from trainwright.parallel.context.exchange import ContextGroup
 from trainwright.parallel.context.order import SequenceOrder
-from trainwright.parallel.context.problems import choose_ulysses
+from trainwright.parallel.context.problems import choose_ulysses, context_problems
 from trainwright.parallel.context.ring import Masking, Ring, ring_attention
 from trainwright.parallel.context.ulysses import heads_to_positions, positions_to_heads
 
@@ -131,10 +131,13 @@ def apply_context(
         compiled: fuse the steps of ring attention between its products by torch.compile.
 
     Raises:
-        ConfigError: the model has no native attention module, or ulysses does not divide the axis.
+        ConfigError: the model has the head of a task, is an encoder, or has no native attention module; or ulysses does not
+            divide the axis.
     """
     if axis.size == 1:
         return SequenceOrder(1)
+    if isinstance(model, Backbone) and (model.head_name is not None or isinstance(model, Encoder)):
+        raise ConfigError("; ".join(context_problems(model.config, None, axis.size)), hint="set parallel.context=1")
     modules = [module for module in model.modules() if isinstance(module, SelfAttention)]
     if not modules:
         raise ConfigError(
@@ -143,7 +146,7 @@ def apply_context(
         )
     if isinstance(ulysses, str):
         if heads is None:
-            if not isinstance(model, Decoder):
+            if not isinstance(model, Backbone):
                 raise ConfigError("ulysses=auto needs the numbers of heads", hint="pass heads=..., or a number")
             heads = model.config.num_heads, model.config.num_kv_heads
         ulysses = choose_ulysses(axis.size, *heads)

@@ -32,6 +32,10 @@ def context_problems(
     """
     if degree == 1:
         return []
+    if config.head is not None:
+        return ["parallel.context cuts texts, and no rank would have the whole one that a task's head scores"]
+    if config.family == "bert":
+        return ["parallel.context exchanges what causal attention needs, and an encoder's goes in both directions"]
     heads, kv_heads = config.num_heads // tensor, max(1, config.num_kv_heads // tensor)
     ranks = choose_ulysses(degree, heads, kv_heads) if isinstance(ulysses, str) else ulysses
     if degree % ranks:

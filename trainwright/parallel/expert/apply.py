@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 from trainwright.base.errors import ConfigError, ModelError
 from trainwright.comm.mesh import Axis
-from trainwright.models.decoder import Decoder
+from trainwright.models.backbone import Backbone
 from trainwright.models.moe.layer import Experts, MoE, apply_experts
 from trainwright.models.moe.model import MoEForCausalLM
 from trainwright.ops.token_permutation import ExpertOrder, spread_tokens
@@ -83,7 +83,7 @@ def expert_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _refusal(model: nn.Module, expert: Axis) -> Exception:
     config = getattr(model, "config", None)
-    if isinstance(model, Decoder):
+    if isinstance(model, Backbone):
         return ConfigError("; ".join(expert_problems(config, expert.size, expert.size)), hint="set parallel.expert=1")
     return ModelError(
         f"{type(model).__name__} is not a native model: where its tokens meet its experts is in its own code",

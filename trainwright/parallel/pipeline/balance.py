@@ -79,15 +79,13 @@ def block_ranges(num_blocks: int, parts: int, cuts: Sequence[int]) -> list[range
     return [range(begin, end) for begin, end in itertools.pairwise(edges)]
 
 
-def decoder_costs(
-    block_parameters: Sequence[int], hidden_size: int, vocab_size: int
-) -> tuple[list[float], float, float]:
+def decoder_costs(block_parameters: Sequence[int], head_parameters: int) -> tuple[list[float], float, float]:
     """(blocks, embedding, head) in multiply-additions for one token: a matrix costs as many as it has entries.
 
     An embedding is a look-up, which costs nothing beside that; attention's products are left out because they are the
     same in every block.
     """
-    return [float(count) for count in block_parameters], 0.0, float(hidden_size * vocab_size)
+    return [float(count) for count in block_parameters], 0.0, float(head_parameters)
 
 
 def parts_of_rank(schedule: str, ranks: int, virtual: int, rank: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from trainwright.base.errors import ConfigError
 from trainwright.base.events import emit
 from trainwright.comm.layout import Layout
 from trainwright.comm.mesh import Axis
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.parallel.pipeline.orders import build_schedule
 from trainwright.parallel.pipeline.parts import Part
 from trainwright.parallel.pipeline.split import split_of
@@ -126,7 +126,7 @@ class PipelineRunner:
         """Add the gradient of the loss summed over the batch to the parameters of this rank; all ranks call it alike.
 
         Args:
-            loss: see `Loss`. What the model itself adds to it (`Decoder.auxiliary_loss`) is taken for the other parts
+            loss: see `Loss`. What the model itself adds to it (`Backbone.auxiliary_loss`) is taken for the other parts
                 where they are, and counts in the sums that their ranks return.
             batch: this pipeline's rows, the same on all its ranks: tensors [rows, ...], cut into `micro_batches` equal
                 pieces; or a sequence of micro-batches.
@@ -225,7 +225,7 @@ class PipelineRunner:
                 f"{list(expected)}",
                 hint="hidden_size and sequence_parts of the PipelineRunner must be those of the model",
             )
-        if torch.is_grad_enabled() and isinstance(self.model, Decoder):
+        if torch.is_grad_enabled() and isinstance(self.model, Backbone):
             added = self.model.auxiliary_loss(micro_batch["labels"])
             if added is not None:
                 self._sums.append((added.detach(), torch.zeros((), dtype=torch.int64, device=self.device)))

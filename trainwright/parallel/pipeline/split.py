@@ -14,7 +14,7 @@ from torch import nn
 from trainwright.base.errors import ConfigError
 from trainwright.comm.layout import PipelineLayout
 from trainwright.comm.mesh import Axis
-from trainwright.models import Decoder
+from trainwright.models import Backbone
 from trainwright.parallel.pipeline.balance import balanced_cuts, block_ranges, decoder_costs, parts_of_rank
 from trainwright.parallel.pipeline.hugging_face import HuggingFaceStage, hugging_face_anatomy
 from trainwright.parallel.pipeline.native import NativeStage, native_anatomy
@@ -34,7 +34,7 @@ def split_model(
     where no part of this rank uses them. The model gets a method `run_stage(x, batch, part)`.
 
     Args:
-        model: a native `Decoder`, or a Hugging Face causal language model whose trunk is embeddings, blocks and a norm.
+        model: a native model, or a Hugging Face causal language model whose trunk is embeddings, blocks and a norm.
         axis: the pipeline axis; of size 1 nothing is done.
         layout: schedule, parts on each rank, and cuts (None: balanced by the number of parameters of blocks and head).
         costs: of each block, in multiply-additions for a token, instead of its parameters.
@@ -46,7 +46,7 @@ def split_model(
         return model
     if is_split(model):
         raise ConfigError("this model is split already", hint="build a new one")
-    anatomy = native_anatomy(model) if isinstance(model, Decoder) else hugging_face_anatomy(model)
+    anatomy = native_anatomy(model) if isinstance(model, Backbone) else hugging_face_anatomy(model)
     stack = model.get_submodule(anatomy.blocks)
     blocks = dict(stack.named_children())
     ranges = _ranges(model, anatomy, list(blocks.values()), axis, layout, costs)
@@ -66,7 +66,7 @@ def split_model(
     )
 
     kept = {str(number): blocks[str(number)] for part in local for number in part.blocks}
-    stack_class = StageBlocks if isinstance(model, Decoder) else StageLayers
+    stack_class = StageBlocks if isinstance(model, Backbone) else StageLayers
     _replace(model, anatomy.blocks, stack_class(kept))
     gone: list[str] = []
     if not holds_first:
@@ -75,7 +75,7 @@ def split_model(
         gone += anatomy.after
     for name in gone:
         _replace(model, name, None)
-    stage = NativeStage(model) if isinstance(model, Decoder) else HuggingFaceStage(model, anatomy, split)
+    stage = NativeStage(model) if isinstance(model, Backbone) else HuggingFaceStage(model, anatomy, split)
     model.run_stage = stage  # type: ignore[assignment]
     model.pipeline_split = split  # type: ignore[assignment]
     return model
@@ -139,10 +139,8 @@ def _ranges(
     cuts = layout.cuts
     if cuts is None:
         sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-        head = model.get_submodule(anatomy.head)
-        weight = head.weight
-        assert isinstance(weight, nn.Parameter)
-        own, embedding, last = decoder_costs(sizes, weight.shape[1], weight.shape[0])
+        last_size = sum(p.numel() for p in model.get_submodule(anatomy.head).parameters())
+        own, embedding, last = decoder_costs(sizes, last_size)
         cuts = balanced_cuts(own if costs is None else costs, parts, embedding=embedding, head=last)
     return block_ranges(len(blocks), parts, cuts)
 

@@ -8,15 +8,16 @@ of the tokens. The vocabulary is divided in the embedding and in the head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
 from trainwright.base.errors import ConfigError, ModelError
 from trainwright.comm.mesh import Axis
-from trainwright.models.cache import KVCache
-from trainwright.models.decoder import Decoder
+from trainwright.models.backbone import Backbone
 from trainwright.models.dropout import AttentionDropout
 from trainwright.models.registry import model_plan
 from trainwright.models.structure import ModelPlan
@@ -62,7 +63,7 @@ def apply_tensor(model: nn.Module, axis: Axis, plan: ModelPlan | None = None) ->
         return model
     if axis.mesh is None:
         raise ConfigError(f"the {axis.name} axis of {axis.size} ranks has no mesh to divide parameters on")
-    if not isinstance(model, Decoder):
+    if not isinstance(model, Backbone):
         if plan is not None:
             raise ModelError(f"a plan was given for {type(model).__name__}, which is no native decoder")
         return apply_tensor_plan(model, axis)
@@ -91,7 +92,7 @@ def find(module: nn.Module, name: str) -> nn.Module | None:
 class _Native:
     """Divides one native decoder, or what of it is here."""
 
-    def __init__(self, model: Decoder, plan: ModelPlan, axis: Axis) -> None:
+    def __init__(self, model: Backbone, plan: ModelPlan, axis: Axis) -> None:
         self.model = model
         self.plan = plan
         self.axis = axis
@@ -107,7 +108,7 @@ class _Native:
         self._refuse_unknown()
         self.model.dropout_place.slice_rank = self.axis.rank
         self.model.__class__ = _divided_class(type(self.model))
-        assert isinstance(self.model, _DividedDecoder)
+        assert isinstance(self.model, _DividedBackbone)
         self.model.stream = self.stream
         self.model.own_cache_heads = self.cache_heads
 
@@ -115,8 +116,11 @@ class _Native:
         """Embeddings, final norm and head; a part of a pipeline may lack any of them."""
         plan, divider, stream = self.plan, self.divider, self.stream
         embedding, head = find(self.model, plan.embedding), find(self.model, plan.head)
-        for module in (embedding, head):
-            weight = None if module is None else module._parameters["weight"]
+        if self.model.head_name is not None:
+            self._hold_task_head(head)
+            head = None
+        for vocabulary in (embedding, head):
+            weight = None if vocabulary is None else vocabulary._parameters["weight"]
             if weight is not None and part_of(weight.shape[0], self._last())[1] == 0:
                 raise ConfigError(
                     f"a vocabulary of {weight.shape[0]} words leaves some of {self.axis.size} ranks without any",
@@ -124,15 +128,27 @@ class _Native:
                 )
         if embedding is not None:
             make_vocabulary(embedding, divider, stream)
-        positions = find(self.model, plan.position_embedding) if plan.position_embedding else None
-        if positions is not None:
-            positions_of(positions, divider, stream)
+        for name in (plan.position_embedding, *plan.embedding_rest):
+            module = find(self.model, name) if name else None
+            if isinstance(module, nn.Embedding):
+                positions_of(module, divider, stream)
+            elif module is not None:
+                make_whole(module, divider, adds=True)
         norm = find(self.model, plan.final_norm)
         if norm is not None:
             make_whole(norm, divider, adds=True)
             enter_behind(norm, stream)
         if head is not None:
             make_column(head, divider, stream, joins=True)
+            for name in plan.head_rest:  # its output's gradient is this rank's addend, as that of the divided words is
+                rest = find(self.model, name)
+                assert rest is not None
+                make_whole(rest, divider, adds=True)
+
+    def _hold_task_head(self, head: nn.Module | None) -> None:
+        """Each rank has all of the head of a task, and computes the same with it."""
+        for module in head.modules() if head is not None else ():
+            make_whole(module, self.divider, adds=False)
 
     def _last(self) -> Axis:
         return Axis(self.axis.name, self.axis.size - 1, self.axis.size)
@@ -176,22 +192,15 @@ class _Native:
             )
 
 
-class _DividedDecoder(Decoder):
-    """What a native decoder does otherwise while its vocabulary and its residual stream are divided."""
+class _DividedBackbone(Backbone):
+    """What a native model does otherwise while its vocabulary and its residual stream are divided."""
 
     stream: Stream
     own_cache_heads: int | None
 
-    def run_blocks(
-        self,
-        x: Tensor,
-        position_ids: Tensor,
-        document_ids: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+    def run_blocks(self, x: Tensor, position_ids: Tensor, *rest: Any, **named: Any) -> Tensor:
         self.stream.resume(x.shape[1], position_ids.shape[-1])
-        out: Tensor = super().run_blocks(x, position_ids, document_ids, key_mask, cache)  # type: ignore[safe-super]
+        out: Tensor = super().run_blocks(x, position_ids, *rest, **named)  # type: ignore[safe-super]
         return out
 
     def head_loss(
@@ -203,24 +212,46 @@ class _DividedDecoder(Decoder):
         z_loss: float = 0.0,
         compiled: bool = False,
     ) -> LossSums:
-        axis, words = self.stream.axis, self.lm_head.out_features
+        axis, head = self.stream.axis, self.language_head
+        words = head.out_features
         part = VocabularyPart(part_of(words, axis)[0], words, axis.size, lambda numbers: stack_parts(numbers, axis))
+        hidden, labels = self.head_inputs(hidden, labels)
         return vocab_parallel_cross_entropy(
             hidden,
-            local(self.lm_head.weight, Shard(0)),
+            local(head.weight, Shard(0)),
             labels,
             part,
+            bias=None if head.bias is None else local(head.bias, Shard(0)),
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             compiled=compiled,
         )
 
+    def head_scores(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        # All ranks compute the same scores from the same hidden states, whose gradients are then summed over the ranks.
+        shared: Tensor = _OneOfEqual.apply(hidden, self.stream.axis.size)
+        return super().head_scores(shared, batch)
+
     @property
     def cache_heads(self) -> int:
         if self.own_cache_heads is not None:
             return self.own_cache_heads
-        return super().cache_heads // self.stream.axis.size
+        heads: int = self.config.num_kv_heads
+        return heads // self.stream.axis.size
+
+
+class _OneOfEqual(torch.autograd.Function):
+    """x itself; of its gradient, which is the same on all `count` ranks, the part that sums to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+        ctx.count = count
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.count, None
 
 
 def _divided_class(kind: type[Any]) -> type[Any]:
-    return type(kind.__name__, (_DividedDecoder, kind), {"__module__": kind.__module__})
+    return type(kind.__name__, (_DividedBackbone, kind), {"__module__": kind.__module__})
