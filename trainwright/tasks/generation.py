@@ -137,13 +137,18 @@ class _Conversations:
         answered = messages[-1]["role"] == "assistant"
         if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        lines = [f"{m['role']}: {m.get('content') or ''}" for m in (messages[:-1] if answered else messages)]
-        while (
-            len(lines) > 1 and len(self.pairs.tokenizer.encode("\n".join(lines), add_special=True)) >= self.max_length
-        ):
-            lines.pop(0)
-        pair = {"source": "\n".join(lines)}
+        asked = messages[:-1] if answered else messages
+        while self._tokens(asked) > self.max_length and len(asked) > 1:
+            asked.pop(1 if asked[0]["role"] == "system" and len(asked) > 2 else 0)
+        pair = {"source": _as_lines(asked)}
         return {**pair, "target": messages[-1]["content"]} if answered else pair
+
+    def _tokens(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        return len(self.pairs.tokenizer.encode(_as_lines(messages), add_special=True)) + 1
+
+
+def _as_lines(messages: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
 
 
 class Writing:
