@@ -9,6 +9,7 @@ from trainwright.tasks.classification import ClassificationDefinition
 from trainwright.tasks.embedding import EmbeddingDefinition
 from trainwright.tasks.generation import DialogueDefinition, PairDefinition
 from trainwright.tasks.ner import NERDefinition
+from trainwright.tasks.qa import QADefinition
 from trainwright.tasks.relation import RelationDefinition
 from trainwright.tasks.sft import SFTDefinition
 from trainwright.tasks.task import TaskDefinition
@@ -18,6 +19,7 @@ __all__ = ["DEFINITIONS"]
 DEFINITIONS: dict[str, Callable[[Any, int], TaskDefinition]] = {
     "classification": ClassificationDefinition,
     "ner": NERDefinition,
+    "qa": QADefinition,
     "relation": RelationDefinition,
     "sft": SFTDefinition,
     "translation": PairDefinition,
