@@ -30,6 +30,7 @@ _WHERE = {
     "config": "model.config",
     "overrides": "model.preset",
     "init_from_pretrained": "model.path and model.hf",
+    "implementation": "model.path and model.hf (in model.config write family: transformers)",
     "vocab_size": "model.preset (inside model.config write it as a field)",
 }
 
@@ -62,6 +63,8 @@ class ModelFromFolder(_Model):
     """A Hugging Face model folder: config.json and safetensors files."""
     init_from_pretrained: Annotated[bool, Truth()] = True
     """Load the weights; false takes the architecture only and initialises at random."""
+    implementation: Annotated[Literal["auto", "transformers"], Words(("auto", "transformers"))] = "auto"
+    """Whose modules: auto takes our own family where there is one for the architecture, else those of transformers."""
 
 
 class ModelFromHub(_Model):
@@ -71,17 +74,20 @@ class ModelFromHub(_Model):
     """The name of a model on the Hugging Face hub, owner/name."""
     init_from_pretrained: Annotated[bool, Truth()] = True
     """Load the weights; false takes the architecture only and initialises at random."""
+    implementation: Annotated[Literal["auto", "transformers"], Words(("auto", "transformers"))] = "auto"
+    """Whose modules: auto takes our own family where there is one for the architecture, else those of transformers."""
 
 
 class ModelFromConfig(_Model):
     """A configuration written out field by field, initialised at random."""
 
     config: dict[str, JsonValue]
-    """{family: llama or gpt2, and any field of that family's configuration}."""
+    """{family: llama, gpt2, moe, bert or transformers, and any field of that family's configuration}; the family
+    transformers takes the fields of a config.json, `model_type` among them."""
 
     def problems(self) -> Any:
         if not isinstance(self.config.get("family"), str):
-            yield "config", "a field `family` (llama or gpt2) among the fields of model.config"
+            yield "config", "a field `family` (llama, gpt2, moe, bert or transformers) among the fields of model.config"
 
 
 MODEL_SOURCES: dict[str, type[_Model]] = {

@@ -41,12 +41,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_config(folder: str | Path) -> ModelConfig:
-    """The configuration of a Hugging Face folder, without its weights."""
+def load_config(folder: str | Path, *, native: bool = True) -> ModelConfig:
+    """The configuration of a Hugging Face folder, without its weights. native: see `config_from_dict`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"no model folder at {folder}", hint="give the path of a folder that holds config.json")
-    return config_from_dict(read_json(folder / "config.json"))
+    return config_from_dict(read_json(folder / "config.json"), native=native)
 
 
 def load_pretrained(
@@ -117,8 +117,8 @@ class Pretrained:
     def read_into(self, name: str, value: torch.Tensor) -> None:
         """Write the whole parameter or kept buffer `name` into `value`."""
         if name in self.fresh:
-            assert self._seed is not None, "without a seed nothing is missing"
-            value.copy_(initial_value(name, value.shape, self.config, self._seed))
+            # Without a seed only what is computed is missing: tables that transformers does not save.
+            value.copy_(initial_value(name, value.shape, self.config, self._seed or 0))
             return
         for part in self._weights.placed(self.config, name, value.shape):
             place = value if part.row is None else value[part.row]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from trainwright.base.errors import ModelError
 from trainwright.models.backbone import Backbone
 from trainwright.models.head_files import file_prefix, is_head_tensor, label_tensors
+from trainwright.models.hugging_face.matching import match_names
 from trainwright.models.registry import ModelConfig, family_of
 from trainwright.models.weights import kept_tensors
 
@@ -79,6 +80,8 @@ def match_tensors(model: Backbone, theirs: ModelConfig, tensors: TensorFiles, *,
         ModelError: names all that do not fit.
     """
     config = model.config
+    if config.family == "transformers":
+        return Matched(*match_names(model, tensors.shapes, tensors.read, fresh=fresh))
     weights = family_of(config).weights
     ours = {
         name: {part.name: shape for part, shape in weights.file_shapes(config, name, value.shape).items()}

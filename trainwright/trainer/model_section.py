@@ -12,10 +12,13 @@ from trainwright.config import ModelFromConfig, ModelFromFolder, ModelFromPreset
 from trainwright.models import ModelConfig, check_vocabulary, load_config, preset, replace
 from trainwright.models.fields import config_from_fields
 from trainwright.models.hub import download
+from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.planner import Decision, choose_vocab_size
 
 __all__ = ["ModelSource", "model_source"]
 
+_LARGEST_VOCABULARY = 1 << 20
+_POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -67,7 +70,8 @@ def model_source(section: ModelSection) -> ModelSource:
     if isinstance(section, ModelFromConfig):
         return _from_fields(section.config, dropout)
     folder = Path(section.path) if isinstance(section, ModelFromFolder) else download(section.hf)
-    config = _with_dropout(load_config(folder), dropout)
+    native = section.implementation == "auto"
+    config = _with_dropout(load_config(folder, native=native), dropout)
     has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
     return ModelSource(
         make=lambda vocabulary, length: config,
@@ -89,18 +93,48 @@ def _from_preset(section: ModelFromPreset, dropout: dict[str, float]) -> ModelSo
 
 
 def _from_fields(given: dict[str, Any], dropout: dict[str, float]) -> ModelSource:
-    auto = "vocab_size" not in given
+    theirs = given.get("family") == "transformers"
+    auto = not any(name in given for name in ("vocab_size", *(("values",) if theirs else ())))
 
     def make(vocabulary: int, length: int) -> ModelConfig:
-        filled = {"max_position_embeddings": length, **given, **({"vocab_size": vocabulary} if auto else {})}
+        sized = {"vocab_size": vocabulary} if auto else {}
+        if theirs:
+            return _with_dropout(
+                _positions_for(config_from_fields(_special_inside({**given, **sized})), length), dropout
+            )
+        filled = {"max_position_embeddings": length, **given, **sized}
         return _with_dropout(config_from_fields(filled), dropout)
 
     return ModelSource(make=make, vocabulary_key="model.config.vocab_size" if auto else None)
+
+
+def _special_inside(given: dict[str, Any]) -> dict[str, Any]:
+    """Architectures come with numbers of special tokens of their own tokenizers, which may be beyond this vocabulary:
+    those that the recipe does not name are left out then."""
+    known = config_from_fields({**given, "vocab_size": max(int(given.get("vocab_size", 0)), _LARGEST_VOCABULARY)})
+    assert isinstance(known, HuggingFaceConfig)
+    words = int(given.get("vocab_size", known.vocab_size))
+    beyond = [
+        name
+        for name, value in known.values.items()
+        if name.endswith("_token_id") and isinstance(value, int) and value >= words and name not in given
+    ]
+    return {**given, **dict.fromkeys(beyond)}
+
+
+def _positions_for(config: ModelConfig, length: int) -> ModelConfig:
+    """With as many learned positions as rows have, where the recipe leaves fewer to the architecture's default."""
+    assert isinstance(config, HuggingFaceConfig)
+    lacking = length - config.max_position_embeddings
+    name = next((name for name in _POSITION_FIELDS if isinstance(config.values.get(name), int)), None)
+    return config if lacking <= 0 or name is None else config.with_values({name: config.values[name] + lacking})
 
 
 def _with_dropout(config: ModelConfig, dropout: dict[str, float]) -> ModelConfig:
     """Set every dropout probability that the family has."""
     if not dropout:
         return config
+    if isinstance(config, HuggingFaceConfig):
+        return config.with_dropout(dropout["dropout"])
     names = [field.name for field in fields(config) if field.name.endswith("dropout")]
     return replace(config, **dict.fromkeys(names, dropout["dropout"]))

@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from trainwright.base.errors import ModelError
-from trainwright.models.heads import HeadSpec, check_head
+from trainwright.models.head_files import KEY, head_from_hf
+from trainwright.models.heads import HeadSpec, check_head, head_fields
 from trainwright.models.hugging_face.library import KINDS, class_for, hf_config, kind_for, make_hf_config, stored_fields
 
 __all__ = ["UNLIMITED", "HuggingFaceConfig"]
@@ -69,7 +70,7 @@ class HuggingFaceConfig:
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> HuggingFaceConfig:
         """From a parsed `config.json`; ModelError where transformers does not know or refuses it."""
-        return cls(values)
+        return cls({key: value for key, value in values.items() if key != KEY}, head=head_from_hf(values))
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this model."""
@@ -77,6 +78,8 @@ class HuggingFaceConfig:
         for key in _GENERATION:
             written.setdefault(key, self.values.get(key))
         written["architectures"] = [self.model_class.__name__]
+        if self.head is not None:
+            written[KEY] = head_fields(self.head)
         return written
 
     def with_values(self, changes: Mapping[str, Any]) -> HuggingFaceConfig:

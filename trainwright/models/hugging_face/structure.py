@@ -101,7 +101,7 @@ def _parameters_on_meta() -> Iterator[None]:
 def non_persistent_buffers(model: nn.Module) -> dict[tuple[str, str], Tensor]:
     """(name of the module, name in it) -> buffer that no file has."""
     return {
-        (name, leaf): module._buffers[leaf]  # type: ignore[misc]
+        (name, leaf): module._buffers[leaf]
         for name, module in model.named_modules()
         for leaf in module._non_persistent_buffers_set
         if module._buffers.get(leaf) is not None
