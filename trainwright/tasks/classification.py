@@ -195,15 +195,15 @@ class TextEncoder:
         """The label as an array; what is not trained where the record has none."""
         label = record.get("label")
         if self.problem == "regression":
-            return np.float32(math.nan if label is None else _number(label, record))
+            return np.asarray(math.nan if label is None else _number(label, record), dtype=np.float32)
         if self.problem == "single_label":
             if label is None:
-                return np.int64(IGNORE)
+                return np.asarray(IGNORE, dtype=np.int64)
             if isinstance(label, (list, tuple)):
                 raise DataError(
                     f"the label is a list ({label!r:.60}); expected one label", hint="write task.problem: multi_label"
                 )
-            return np.int64(self.labels.index(label_name(label)))
+            return np.asarray(self.labels.index(label_name(label)), dtype=np.int64)
         if label is None:
             return np.full(len(self.labels), math.nan, dtype=np.float32)
         several_hot = np.zeros(len(self.labels), dtype=np.float32)

@@ -136,7 +136,7 @@ class SpanEncoder:
         arrays = {
             "input_ids": np.asarray(ids, dtype=np.int32),
             "answerable": answerable,
-            "null_place": np.int64(null),
+            "null_place": np.asarray(null, dtype=np.int64),
             "labels": np.asarray(labels, dtype=np.int64),
         }
         if self.frame.typed:

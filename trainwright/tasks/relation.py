@@ -83,13 +83,10 @@ class RelationDefinition:
 
 def marker_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Ids of the four markers: of tokens of their own, of four that the vocabulary keeps free, or of plain signs."""
-    own = [tokenizer.core.token_to_id(marker) for marker in MARKERS]
-    if None not in own:
-        return tuple((token,) for token in own)
-    for pattern in SPARE:
-        spare = [tokenizer.core.token_to_id(pattern.format(number)) for number in range(1, 5)]
-        if None not in spare:
-            return tuple((token,) for token in spare)
+    for names in (MARKERS, *([pattern.format(number) for number in range(1, 5)] for pattern in SPARE)):
+        found = [token for name in names if (token := tokenizer.core.token_to_id(name)) is not None]
+        if len(found) == len(names):
+            return tuple((token,) for token in found)
     return tuple(tuple(tokenizer.encode(sign, parse_special=False)) for sign in PLAIN)
 
 
@@ -134,7 +131,7 @@ class RelationEncoder:
         arrays = {
             "input_ids": np.asarray(self.frame.single(ids), dtype=np.int32),
             "entity_starts": np.asarray([len(self.frame.one.before) + start for start in starts], dtype=np.int64),
-            "labels": np.int64(self._label(record)),
+            "labels": np.asarray(self._label(record), dtype=np.int64),
         }
         cut = sum(len(piece) for word, piece in enumerate(pieces) if word not in kept)
         return Encoded((Example(arrays),), cut_tokens=cut)
