@@ -18,6 +18,7 @@ from trainwright.cli import (
     generate,
     launch,
     memory,
+    merge,
     runs,
     train,
     version,
@@ -47,6 +48,7 @@ for _verb in (
     chat.chat,
     evaluate.predict,
     export.export,
+    merge.merge,
     doctor.doctor,
     version.version,
 ):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,21 @@ class AdapterReport:
     total: int
     base_bytes: int
     base_bytes_bf16: int
+
+    def to_fields(self) -> dict[str, Any]:
+        """JSON values from which `from_fields` makes an equal report: for a checkpoint to carry along."""
+        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return fields
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any]) -> AdapterReport:
+        """The inverse of `to_fields`."""
+        given = dict(values)
+        options: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in given.pop("options").items()
+        }
+        linears = {name: AdaptedShape(**shape) for name, shape in given.pop("linears").items()}
+        return cls(options=AdapterOptions(**options), linears=linears, extra=tuple(given.pop("extra")), **given)
 
     @property
     def share(self) -> float:

@@ -18,9 +18,11 @@ from trainwright.models.adapters.apply import AdapterReport, apply_adapter
 from trainwright.models.adapters.linear import ADAPTER_LEAVES
 from trainwright.models.adapters.names import PREFIX, FileNames
 from trainwright.models.adapters.options import AdapterOptions, Base
-from trainwright.models.adapters.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from trainwright.models.adapters.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_FIELDS
 from trainwright.models.adapters.targets import task_head_of
+from trainwright.models.fields import config_from_fields
 from trainwright.models.importing import read_json
+from trainwright.models.registry import ModelConfig
 
 __all__ = ["SavedAdapter", "is_adapter_folder", "load_adapter"]
 
@@ -49,6 +51,8 @@ class SavedAdapter:
         self._refuse_other_forms()
         base = self.values.get("base_model_name_or_path")
         self.base = str(base) if base else None
+        known = self.folder / MODEL_FIELDS
+        self.fields: dict[str, Any] = read_json(known) if known.is_file() else {}
         path = self.folder / ADAPTER_WEIGHTS
         if not path.is_file():
             pickled = (self.folder / "adapter_model.bin").is_file()
@@ -100,6 +104,18 @@ class SavedAdapter:
             dropout=float(values.get("lora_dropout") or 0.0),
             base=base,
         )
+
+    @property
+    def model_config(self) -> ModelConfig | None:
+        """The model that they stand in, with its task's head; None for folders of peft, which do not say it."""
+        fields = self.fields.get("model")
+        return None if fields is None else config_from_fields(fields)
+
+    @property
+    def held(self) -> Base:
+        """How the frozen weights were held while they were trained; of peft's folders nothing is known."""
+        known: Base = self.fields.get("base", "as_is")
+        return known
 
     @cached_property
     def modules(self) -> frozenset[str]:

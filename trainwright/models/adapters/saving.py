@@ -22,12 +22,16 @@ from trainwright.models.adapters.apply import AdapterReport, adapter_report
 from trainwright.models.adapters.linear import ADAPTER_LEAVES
 from trainwright.models.adapters.names import PREFIX, FileNames
 from trainwright.models.exporting import WeightSource
+from trainwright.models.fields import config_fields
 from trainwright.models.weights import FilePart, kept_tensors
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "save_adapter"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "MODEL_FIELDS", "save_adapter", "source_of"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_FIELDS = "trainwright_model.json"
+"""Beside the files of peft: the model that the adapters stand in, with its task's head, and how its weights were held
+while they were trained."""
 
 _TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS", "embedding": "FEATURE_EXTRACTION"}
 
@@ -54,7 +58,7 @@ def save_adapter(
     report = adapter_report(model)
     if report is None:
         raise ModelError(f"{type(model).__name__} has no adapters to save", hint="use save_pretrained")
-    source = source or _source_of(model)
+    source = source or source_of(model)
     config: Any = getattr(model, "config", None)
     names = FileNames(config if hasattr(config, "family") else None)
     wanted = _wanted(report, names, source)
@@ -76,14 +80,19 @@ def save_adapter(
     text.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _sync(text)
     (folder / ADAPTER_CONFIG).unlink(missing_ok=True)  # of other weights than those that come now
+    if hasattr(config, "family"):
+        fields = {"model": config_fields(config), "base": report.options.base}
+        (folder / MODEL_FIELDS).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _sync(folder / MODEL_FIELDS)
     os.replace(weights, folder / ADAPTER_WEIGHTS)
     os.replace(text, folder / ADAPTER_CONFIG)
     _sync(folder)
     return folder
 
 
-def _source_of(model: nn.Module) -> WeightSource:
-    tensors = kept_tensors(model)
+def source_of(model: nn.Module, prefix: str = "") -> WeightSource:
+    """The parameters and kept buffers of a module that is whole in this process; their names begin with `prefix`."""
+    tensors = {f"{prefix}{name}": value for name, value in kept_tensors(model).items()}
     return WeightSource(
         {name: tuple(value.shape) for name, value in tensors.items()},
         {name: value.dtype for name, value in tensors.items()},
