@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
-from trainwright.base.errors import ConfigError
+from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.text import did_you_mean
 from trainwright.data.compression import DamagedFileError, open_binary
 from trainwright.data.delimited import read_cells
@@ -17,9 +17,10 @@ from trainwright.data.formats import decoded_lines
 from trainwright.data.readers import read_rows
 from trainwright.data.records.record import Record, Shape, Unusable
 
-__all__ = ["FilePolicy", "Format", "Opened", "Options", "checked_encoding"]
+__all__ = ["Format", "Opened", "Options", "checked_encoding", "naming_encoding"]
 
 _ENCODINGS = ("utf-8", "latin-1", "cp1252", "gb18030", "big5", "shift_jis", "euc-jp", "euc-kr", "cp1251", "koi8-r")
+_NOT_UTF8 = "invalid UTF-8 at byte"  # what the readers of text formats say
 _SAMPLE = 1 << 20  # bytes that are looked at to name the encoding of a file
 
 
@@ -141,39 +142,31 @@ def checked_encoding(name: str) -> str:
     return found
 
 
-class FilePolicy(Policy):
-    """A policy that names the encoding in which a file that is not UTF-8 seems to be written."""
+@contextlib.contextmanager
+def naming_encoding(shard: Shard) -> Iterator[None]:
+    """Adds to the error of a file that is not UTF-8 in which encoding it seems to be written."""
+    try:
+        yield
+    except DataError as error:
+        ours = error.message.startswith(shard.url) and _NOT_UTF8 in error.message and shard.encoding == "utf-8"
+        if not ours:
+            raise
+        guess = _guess_encoding(shard)
+        raise DataError(
+            f"{error.message}; the file looks like {guess}",
+            hint=f"write data.encoding: {guess}, or convert the file (iconv -f {guess} -t UTF-8)",
+        ) from error
 
-    def __init__(self, policy: Policy, shard: Shard) -> None:
-        super().__init__(policy.on_error, policy.problems)
-        self._shard = shard
 
-    def report(self, kind: str, message: str, *, hint: str | None = None) -> None:
-        if kind == "invalid-utf8" and self.on_error == "stop":
-            guess = _guess_encoding(self._shard)
-            if guess is not None and guess != self._shard.encoding:
-                message += f"; the file looks like {guess}"
-                hint = f"write data.encoding: {guess}, or convert the file (iconv -f {guess} -t UTF-8)"
-        super().report(kind, message, hint=hint)
-
-
-def _guess_encoding(shard: Shard) -> str | None:
-    """By what the bytes would say: Chinese text decoded as gb18030 or big5 is mostly Chinese characters."""
+def _guess_encoding(shard: Shard) -> str:
+    """By what the bytes would say: text that is decoded as it was written is mostly of everyday characters."""
     with open_binary(shard.url, shard.compression) as stream:
         sample = stream.read(_SAMPLE)
     sample = sample[: sample.rfind(b"\n") + 1] or sample
-    for name in ("gb18030", "big5", "shift_jis", "euc-kr"):
-        try:
-            text = sample.decode(name)
-        except UnicodeDecodeError:
-            continue
-        high = [character for character in text if ord(character) > 127]
-        wide = sum(
-            1 for c in high if "\u4e00" <= c <= "\u9fa5" or "\u3040" <= c <= "\u30ff" or "\uac00" <= c <= "\ud7a3"
-        )
-        # western text decoded so gives the odd rare character after each accented letter, never runs of them
-        if high and wide > 0.7 * len(high) and _in_runs(text):
-            return name
+    scores = {name: _everyday(sample, name, *ranges) for name, ranges in _SCRIPTS.items()}
+    best = max(scores, key=lambda name: scores[name])
+    if scores[best] > 0.6:
+        return best
     try:
         sample.decode("cp1252")
     except UnicodeDecodeError:
@@ -181,8 +174,32 @@ def _guess_encoding(shard: Shard) -> str | None:
     return "cp1252" if any(0x80 <= byte < 0xA0 for byte in sample) else "latin-1"
 
 
-def _in_runs(text: str) -> bool:
-    """Whether most characters beyond ASCII stand beside another one."""
-    high = [ord(character) > 127 for character in text]
-    beside = sum(1 for a, b in pairwise(high) if a and b)
-    return beside > 0.5 * sum(high)
+_SCRIPTS = {
+    "gb18030": ((0xB0, 0xD7), (0xA1, 0xFE)),  # level 1 of GB 2312: 3,755 everyday characters
+    "big5": ((0xA4, 0xC6), (0x40, 0xFE)),  # level 1 of Big5: 5,401
+    "shift_jis": ((0x82, 0x83), (0x40, 0xF1)),  # kana
+    "euc-kr": ((0xB0, 0xC8), (0xA1, 0xFE)),  # Hangul
+}
+"""First and second bytes of everyday characters."""
+
+
+def _everyday(sample: bytes, encoding: str, first: tuple[int, int], second: tuple[int, int]) -> float:
+    """Share of the characters beyond ASCII that are everyday ones; 0 where the bytes are not of the encoding."""
+    try:
+        text = sample.decode(encoding)
+    except UnicodeDecodeError:
+        return 0.0
+    high = [code for character in text if ord(character) > 127 and len(code := character.encode(encoding)) == 2]
+    good = sum(1 for code in high if first[0] <= code[0] <= first[1] and second[0] <= code[1] <= second[1])
+    share = good / len(high) if high else 0.0
+    if encoding == "shift_jis":
+        share = 0.99 if share > 0.2 else 0.0  # Japanese text is a third to a half kana
+    if encoding == "euc-kr":
+        hangul = sum(1 for character in text if "\uac00" <= character <= "\ud7a3")
+        share = share if hangul and _parted(text) else 0.0
+    return share
+
+
+def _parted(text: str) -> bool:
+    """Korean parts its words by spaces, and Chinese, which has the same bytes, does not."""
+    return text.count(" ") > 0.1 * sum(1 for character in text if ord(character) > 127)

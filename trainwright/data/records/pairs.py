@@ -67,7 +67,8 @@ def _anchors(row: Mapping[str, Any], columns: Columns, opened: Opened, where: st
     negatives = [] if found is ABSENT or found is None or found == "" else _texts(found, "negatives")
     number = 1
     while isinstance(row.get(f"negative_{number}"), str):
-        negatives.append(as_text(row[f"negative_{number}"], "negatives"))
+        if row[f"negative_{number}"]:  # a table has an empty cell where a row has fewer
+            negatives.append(as_text(row[f"negative_{number}"], "negatives"))
         number += 1
     made = []
     for positive in _texts(positives, "positive"):

@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 from trainwright.base.errors import DataError
 from trainwright.data.documents import Policy, Shard, SourceSpec
-from trainwright.data.records.opened import FilePolicy, Opened, Options
+from trainwright.data.records.opened import Opened, Options, naming_encoding
 from trainwright.data.records.record import Record, Shape
 from trainwright.data.sources import list_shards
 
@@ -43,12 +43,12 @@ def read_parallel(spec: SourceSpec, shape: Shape, options: Options, policy: Poli
             hint="name the two sides so that each file has its partner",
         )
     for source, target in zip(first, second, strict=True):
-        yield from _pairs(*(_opened(shard, shape, options, policy) for shard in (source, target)))
+        with naming_encoding(source), naming_encoding(target):
+            yield from _pairs(*(_opened(shard, shape, options, policy) for shard in (source, target)))
 
 
 def _opened(shard: Shard, shape: Shape, options: Options, policy: Policy) -> Opened:
-    shard = replace(shard, format="text", encoding=options.encoding)
-    return Opened(shard, shape, options, FilePolicy(policy, shard))
+    return Opened(replace(shard, format="text", encoding=options.encoding), shape, options, policy)
 
 
 def _pairs(source: Opened, target: Opened) -> Iterator[Record]:

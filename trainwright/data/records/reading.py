@@ -14,7 +14,7 @@ from trainwright.base.text import did_you_mean
 from trainwright.data.documents import OnError, Policy, Problems, Shard, SourceSpec, fields_seen
 from trainwright.data.records.columns import Columns, check_columns, suggestion
 from trainwright.data.records.formats import CONTAINERS, FORMATS
-from trainwright.data.records.opened import FilePolicy, Format, Opened, Options, checked_encoding
+from trainwright.data.records.opened import Format, Opened, Options, checked_encoding, naming_encoding
 from trainwright.data.records.parallel import is_parallel, read_parallel
 from trainwright.data.records.record import SHAPES, Record, Shape, Unusable
 from trainwright.data.records.tables import has_header
@@ -90,17 +90,17 @@ def _checked(shape: str, options: Options) -> Shape:
 def read_file(shard: Shard, shape: Shape, options: Options, policy: Policy) -> Iterator[Record]:
     """The records of one file."""
     shard = replace(shard, encoding=options.encoding)
-    opened = Opened(shard, shape, options, FilePolicy(policy, shard))
-    opened, chosen = _choose(opened)
     before = policy.problems.total
     empty = True
-    if chosen is not None:
-        for record in chosen.read(opened):
-            empty = False
-            yield record
-    else:
-        for _ in opened.rows() if opened.shard.format != "text" else opened.lines():
-            pass  # nothing could be looked at: this reading reports what is wrong
+    with naming_encoding(shard):
+        opened, chosen = _choose(Opened(shard, shape, options, policy))
+        if chosen is not None:
+            for record in chosen.read(opened):
+                empty = False
+                yield record
+        else:
+            for _ in opened.rows() if opened.shard.format != "text" else opened.lines():
+                pass  # nothing could be looked at: this reading reports what is wrong
     if empty and policy.problems.total == before:
         policy.note_empty(shard.url)
 
@@ -126,8 +126,9 @@ def _choose(opened: Opened) -> tuple[Opened, Format | None]:
         opened = replace(opened, shard=replace(opened.shard, format=_sniffed(opened)))
     if named is not None and named.level == "lines":
         return opened, named
-    # a table of words and tags is a CoNLL file; other tables are told by their columns
-    tabular = opened.shard.format in ("csv", "tsv") and options.format == "auto" and opened.shape.name == "tagged"
+    # a table of words and tags is a CoNLL file, and SemEval's sentences are numbered; others are told by their columns
+    lined = opened.shape.name in ("tagged", "relation")
+    tabular = opened.shard.format == "tsv" and options.format == "auto" and lined
     if opened.shard.format == "text" or tabular:
         found = _by_lines(opened, named)
         if found is not None or opened.shard.format == "text":

@@ -117,10 +117,11 @@ def _from_conll(opened: Opened) -> Iterator[Record]:
 
 def _looks_like_conll(head: Sequence[str], options: Options) -> bool:
     rows = [_cells(line) for line in head if line.strip() and not line.startswith(("#", _DOCSTART))]
-    if not rows or min(len(row) for row in rows) < 2:
+    wide = [row for row in rows if len(row) > 1]
+    if len(wide) < 0.9 * len(rows) - 1 or not wide:
         return False
     same = len({len(row) for row in rows}) == 1
-    tagged = sum(1 for row in rows if _TAG.fullmatch(row[-1])) >= 0.9 * len(rows)
+    tagged = sum(1 for row in wide if _TAG.fullmatch(row[-1])) > 0.6 * len(wide)
     return tagged or (same and "" in head)
 
 
