@@ -133,7 +133,7 @@ class SpanEncoder:
             labels = [answer[0] - first + at, answer[1] - first + at]
         elif answer is not None:
             labels = [null, null]
-        arrays = {
+        arrays: dict[str, Any] = {
             "input_ids": np.asarray(ids, dtype=np.int32),
             "answerable": answerable,
             "null_place": np.asarray(null, dtype=np.int64),

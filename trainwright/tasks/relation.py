@@ -128,7 +128,7 @@ class RelationEncoder:
         if kept is None:
             return Encoded(dropped=f"its two entities do not fit into {self.max_length} tokens")
         ids, starts = self._marked(pieces, kept, head, tail)
-        arrays = {
+        arrays: dict[str, Any] = {
             "input_ids": np.asarray(self.frame.single(ids), dtype=np.int32),
             "entity_starts": np.asarray([len(self.frame.one.before) + start for start in starts], dtype=np.int64),
             "labels": np.asarray(self._label(record), dtype=np.int64),
