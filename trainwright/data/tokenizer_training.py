@@ -188,26 +188,65 @@ def _train_bert_style(
     if missing or (vocab_size is not None and vocab_size <= len(special)):
         need = f"the special tokens {', '.join(missing)}" if missing else f"more than {len(special)} tokens"
         raise ConfigError(f"a {kind} tokenizer needs {need}; vocab_size is {vocab_size}, special {special}")
-    size = vocab_size if vocab_size is not None else 1 << 31
-    trainer: trainers.Trainer
+    model: models.Model
     if kind == "wordpiece":
-        core = rust.Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=size, min_frequency=min_frequency, special_tokens=list(special), show_progress=False
-        )
+        model = _train_pieces(vocab_size, texts, special, min_frequency, lowercase)
     else:
-        core = rust.Tokenizer(models.WordLevel(unk_token="[UNK]"))
-        trainer = trainers.WordLevelTrainer(
-            vocab_size=size, min_frequency=min_frequency, special_tokens=list(special), show_progress=False
-        )
-    core.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece(prefix="##")
-    core.train_from_iterator(_batches(texts), trainer)
-    texts.check()
+        model = models.WordLevel(_word_ids(vocab_size, texts, special, min_frequency, lowercase), unk_token="[UNK]")
+        texts.check()
+    core = _bert_pipeline(model, lowercase)
+    core.add_special_tokens([rust.AddedToken(token, normalized=False, special=True) for token in special])
     core.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, core.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
     return core
+
+
+def _bert_pipeline(model: models.Model, lowercase: bool) -> rust.Tokenizer:
+    core = rust.Tokenizer(model)
+    core.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece(prefix="##")
+    return core
+
+
+def _word_ids(
+    vocab_size: int | None, texts: Iterable[str], special: list[str], min_frequency: int, lowercase: bool
+) -> dict[str, int]:
+    """Numbers of the special tokens, then of words from frequent to rare."""
+    core = _bert_pipeline(models.WordLevel(unk_token="[UNK]"), lowercase)
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=1 << 31 if vocab_size is None else vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special,
+        show_progress=False,
+    )
+    core.train_from_iterator(_batches(texts), trainer)
+    found: dict[str, int] = core.get_vocab(with_added_tokens=True)
+    return found
+
+
+def _train_pieces(
+    vocab_size: int | None, texts: _Counted, special: list[str], min_frequency: int, lowercase: bool
+) -> models.WordPiece:
+    """Special tokens, the characters that go on in a word, those that begin one, then merged pieces.
+
+    The library numbers the first of them in the order of a hash table that differs from process to process, and pairs
+    that are equally frequent are merged in the order of their numbers. So they are given to it beforehand, in order.
+    """
+    kept = list(texts)
+    texts.check()
+    words = _word_ids(None, kept, [], 1, lowercase)
+    inner = {character for word in words for character in word[1:]}
+    core = _bert_pipeline(models.WordPiece(unk_token="[UNK]"), lowercase)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=1 << 31 if vocab_size is None else vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[*special, *(f"##{character}" for character in sorted(inner))],
+        show_progress=False,
+    )
+    core.train_from_iterator(_batches(kept), trainer)
+    vocabulary = core.get_vocab(with_added_tokens=True)
+    return models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100)

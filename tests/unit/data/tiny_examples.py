@@ -39,7 +39,9 @@ def read_lines(
 ) -> Iterator[TinyRecord]:
     """One JSON object a line; a line that is none is a problem."""
     path = Path(source.source)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+        if not line:
+            continue
         try:
             fields = json.loads(line)
         except ValueError:
