@@ -240,9 +240,9 @@ class Writing:
                     "a record has no target to compare with",
                     hint="give the column target, or use `predict`, which needs none",
                 )
-            answers.append(
-                Written(pair["source"], pair["target"], prediction["text"], prediction["ended"], prediction["tokens"])
-            )
+            others = tuple(text for text in record.get("references") or () if text != pair["target"])
+            written = prediction["text"], prediction["ended"], prediction["tokens"]
+            answers.append(Written(pair["source"], pair["target"], *written, others))
         return text_report(answers, tokenize=self.section.tokenize)
 
     def _pair(self, record: Mapping[str, Any]) -> Mapping[str, Any]:

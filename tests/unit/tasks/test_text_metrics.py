@@ -63,6 +63,19 @@ def test_chinese_is_scored_by_characters() -> None:
     assert abs(first.rouge2 - 100 * 2 * (4 / 5) * (4 / 7) / (4 / 5 + 4 / 7)) < 1e-9
 
 
+def test_several_references() -> None:
+    """Whatever one of them says is right; texts may have different numbers of them."""
+    references = [["The cat sat.", "A cat is on the mat."], ["Two men."]]
+    found = overlap(["A cat is on the mat.", "Two men."], references, "13a")
+    assert all(abs(value - 100) < 1e-9 for value in found.metrics().values())
+    one = overlap(["A cat is on the mat.", "Two men."], [several[0] for several in references], "13a")
+    assert one.bleu < 60
+    assert one.rougeL < 80
+    answer = Written("source", "The cat sat.", "A cat is on the mat.", True, 6, ("A cat is on the mat.",))
+    assert text_report([answer]).metrics["exact_match"] == 1.0
+    assert text_report([answer]).errors == ()
+
+
 def test_umlauts_belong_to_words() -> None:
     """rouge-score's own tokenizer would cut Männer into m and nner."""
     assert overlap(["Männer"], ["Manner"], "13a").rouge1 == 0

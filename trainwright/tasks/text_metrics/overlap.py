@@ -52,8 +52,9 @@ def require_packages() -> None:
         )
 
 
-def overlap(predictions: Sequence[str], references: Sequence[str], tokenize: str) -> Overlap:
-    """Scores of texts against one reference each; `tokenize` is a name of sacreBLEU's (13a, zh, char, intl, none).
+def overlap(predictions: Sequence[str], references: Sequence[str | Sequence[str]], tokenize: str) -> Overlap:
+    """Scores of texts against a reference each, or several: BLEU and chrF then count what any of them has, ROUGE the
+    nearest. `tokenize` is a name of sacreBLEU's (13a, zh, char, intl, none).
 
     Raises MissingDependencyError without sacrebleu and rouge-score, ValueError where there are no texts.
     """
@@ -62,11 +63,14 @@ def overlap(predictions: Sequence[str], references: Sequence[str], tokenize: str
 
     if not references or len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; expected as many, and some")
+    several = [[one] if isinstance(one, str) else list(one) for one in references]
+    most = max(map(len, several))
+    streams = [[one[n] if n < len(one) else None for one in several] for n in range(most)]
     bleu, chrf = BLEU(tokenize=tokenize), CHRF()
-    bleu_score = bleu.corpus_score(list(predictions), [list(references)]).score
-    chrf_score = chrf.corpus_score(list(predictions), [list(references)]).score
-    words = _rouge_words(tokenize, references)
-    rouge = _rouge(predictions, references, words)
+    bleu_score = bleu.corpus_score(list(predictions), streams).score
+    chrf_score = chrf.corpus_score(list(predictions), streams).score
+    words = _rouge_words(tokenize, [text for one in several for text in one])
+    rouge = _rouge(predictions, several, words)
     notes = (
         f"BLEU {bleu.get_signature()}",
         f"chrF {chrf.get_signature()}",
@@ -100,15 +104,15 @@ class _Words:
         return split_words(text, self.words)
 
 
-def _rouge(predictions: Sequence[str], references: Sequence[str], words: str) -> tuple[float, float, float]:
+def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]], words: str) -> tuple[float, float, float]:
     from rouge_score.rouge_scorer import RougeScorer
 
     kinds = ("rouge1", "rouge2", "rougeL")
     scorer: Any = RougeScorer(list(kinds), tokenizer=_Words(words))
     sums = dict.fromkeys(kinds, 0.0)
-    for prediction, reference in zip(predictions, references, strict=True):
-        scores = scorer.score(reference, prediction)
+    for prediction, several in zip(predictions, references, strict=True):
+        scores = [scorer.score(reference, prediction) for reference in several]
         for kind in kinds:
-            sums[kind] += scores[kind].fmeasure
+            sums[kind] += max(score[kind].fmeasure for score in scores)
     one, two, longest = (100 * sums[kind] / len(references) for kind in kinds)
     return one, two, longest

@@ -11,7 +11,9 @@ from trainwright.tasks.text_metrics.baselines import BASELINES
 from trainwright.tasks.text_metrics.overlap import Overlap, overlap
 from trainwright.tasks.text_metrics.words import choose_words
 
-__all__ = ["Written", "text_report"]
+__all__ = ["LISTED_ERRORS", "Written", "text_report"]
+
+LISTED_ERRORS = 2000
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Written:
 
     Attributes:
         source: what was asked; reference: what was expected; text: what was written.
+        others: further references, which count as much.
         ended: whether the model ended it by itself.
         tokens: how many tokens were written.
     """
@@ -29,6 +32,7 @@ class Written:
     text: str
     ended: bool
     tokens: int
+    others: tuple[str, ...] = ()
 
 
 def text_report(
@@ -45,8 +49,8 @@ def text_report(
     """
     if not answers:
         raise ValueError("a report needs at least one answer")
-    references = [answer.reference.strip() for answer in answers]
-    words = choose_words(tokenize, references)
+    references = [[text.strip() for text in (answer.reference, *answer.others)] for answer in answers]
+    words = choose_words(tokenize, [one[0] for one in references])
     systems = {"model": [answer.text.strip() for answer in answers]}
     systems |= {name: [make(answer.source) for answer in answers] for name, make in baselines.items()}
     rows, notes = [], []
@@ -72,17 +76,17 @@ def text_report(
         metrics=metrics,
         tables=(Table("Texts", columns, tuple(rows), tuple(notes)),),
         errors=tuple(
-            {"text": answer.source, "expected": reference, "predicted": answer.text.strip(), "ended": answer.ended}
-            for answer, reference in zip(answers, references, strict=True)
-            if answer.text.strip() != reference
-        ),
+            {"text": answer.source, "expected": several[0], "predicted": answer.text.strip(), "ended": answer.ended}
+            for answer, several in zip(answers, references, strict=True)
+            if answer.text.strip() not in several
+        )[:LISTED_ERRORS],
     )
 
 
-def _metrics(texts: Sequence[str], references: Sequence[str], scores: Overlap | None) -> dict[str, float]:
-    written, expected = sum(map(len, texts)), sum(map(len, references))
+def _metrics(texts: Sequence[str], references: Sequence[Sequence[str]], scores: Overlap | None) -> dict[str, float]:
+    written, expected = sum(map(len, texts)), sum(len(several[0]) for several in references)
     return {
-        "exact_match": fmean(text == reference for text, reference in zip(texts, references, strict=True)),
+        "exact_match": fmean(text in several for text, several in zip(texts, references, strict=True)),
         **(scores.metrics() if scores else {}),
         "length_ratio": written / expected if expected else float(bool(written)),
     }
