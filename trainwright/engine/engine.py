@@ -344,7 +344,7 @@ class Engine:
     def prepare(self, model: Any, micro_batch: Batch) -> Batch:
         """What a schedule calls before a part of the model sees a micro-batch: tells dropout which rows they are."""
         rest = {key: value for key, value in micro_batch.items() if key != ROW_NUMBERS}
-        if isinstance(model, Backbone):
+        if hasattr(model, "set_dropout"):
             rows = None if self._dropout_seed is None else micro_batch[ROW_NUMBERS]
             model.set_dropout(seed=self._dropout_seed, rows=rows)
         return rest
