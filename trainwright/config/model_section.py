@@ -63,8 +63,8 @@ class ModelFromFolder(_Model):
     """A Hugging Face model folder: config.json and safetensors files."""
     init_from_pretrained: Annotated[bool, Truth()] = True
     """Load the weights; false takes the architecture only and initialises at random."""
-    implementation: Annotated[Literal["auto", "transformers"], Words(("auto", "transformers"))] = "auto"
-    """Whose modules: auto takes our own family where there is one for the architecture, else those of transformers."""
+    implementation: Annotated[Literal["native", "transformers"], Words(("native", "transformers"))] = "native"
+    """Whose modules: native takes our own family where there is one for the architecture, else those of transformers."""
 
 
 class ModelFromHub(_Model):
@@ -74,8 +74,8 @@ class ModelFromHub(_Model):
     """The name of a model on the Hugging Face hub, owner/name."""
     init_from_pretrained: Annotated[bool, Truth()] = True
     """Load the weights; false takes the architecture only and initialises at random."""
-    implementation: Annotated[Literal["auto", "transformers"], Words(("auto", "transformers"))] = "auto"
-    """Whose modules: auto takes our own family where there is one for the architecture, else those of transformers."""
+    implementation: Annotated[Literal["native", "transformers"], Words(("native", "transformers"))] = "native"
+    """Whose modules: native takes our own family where there is one for the architecture, else those of transformers."""
 
 
 class ModelFromConfig(_Model):

@@ -12,6 +12,7 @@ from trainwright.models.counting import (
     count_flops,
     count_matmul_parameters,
     count_parameters,
+    visible_keys,
 )
 from trainwright.models.decoder import Decoder
 from trainwright.models.encoder import Encoder
@@ -70,4 +71,5 @@ __all__ = [
     "presets",
     "replace",
     "save_pretrained",
+    "visible_keys",
 ]

@@ -145,6 +145,7 @@ class ModelFacts:
         flops_per_token: forward and backward, matrix products and causal attention.
         layers, width, vocab_size: its shape.
         shape: how it can be divided; None where nobody looked inside.
+        native: whether its modules are our own, which compile well and know every axis.
     """
 
     parameters: int
@@ -153,3 +154,4 @@ class ModelFacts:
     width: int
     vocab_size: int
     shape: ModelShape | None = None
+    native: bool = True

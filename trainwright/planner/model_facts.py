@@ -1,10 +1,12 @@
-"""What the cost model needs to know of a native model, read off its parameters on the meta device and its plan."""
+"""What the cost model needs to know of a model, read off its parameters on the meta device and its plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trainwright.models import ModelConfig, build_model, count_flops, count_parameters, model_plan
+from trainwright.models import ModelConfig, build_model, count_flops, count_parameters, model_plan, visible_keys
+from trainwright.models.hugging_face.config import HuggingFaceConfig
+from trainwright.models.hugging_face.counting import sizes_of
 from trainwright.models.structure import ModelPlan
 from trainwright.planner.facts import ModelFacts, ModelShape
 
@@ -12,7 +14,9 @@ __all__ = ["model_facts", "model_shape"]
 
 
 def model_facts(config: ModelConfig, sequence_length: int) -> ModelFacts:
-    """Size, compute per trained token at `sequence_length`, and shape of a native model; nothing is allocated."""
+    """Size, compute per trained token at `sequence_length`, and shape of a model; nothing is allocated."""
+    if isinstance(config, HuggingFaceConfig):
+        return _of_transformers(config, sequence_length)
     return ModelFacts(
         parameters=count_parameters(config),
         flops_per_token=count_flops(config, sequence_length),
@@ -20,6 +24,35 @@ def model_facts(config: ModelConfig, sequence_length: int) -> ModelFacts:
         width=config.hidden_size,
         vocab_size=config.vocab_size,
         shape=model_shape(config),
+    )
+
+
+def _of_transformers(config: HuggingFaceConfig, sequence_length: int) -> ModelFacts:
+    """How its own code can be divided is not in numbers: the axes look at its modules when it is."""
+    sizes = sizes_of(config)
+    keys = sum(
+        visible_keys(sequence_length, window) if config.kind == "causal_lm" else float(sequence_length)
+        for window in config.layer_windows()
+    )
+    return ModelFacts(
+        parameters=sizes.parameters,
+        flops_per_token=6.0 * sizes.matmul + 12.0 * config.num_heads * config.head_dim * keys,
+        layers=max(1, sizes.blocks),
+        width=config.hidden_size,
+        vocab_size=config.vocab_size,
+        shape=ModelShape(
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_width=config.head_dim,
+            mlp_width=config.intermediate_size,
+            block=sizes.block,
+            block_whole=0,
+            block_kv=0,
+            embedding=sizes.embedding,
+            head=sizes.head,
+            tied=sizes.tied,
+        ),
+        native=False,
     )
 
 

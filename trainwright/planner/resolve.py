@@ -50,7 +50,9 @@ def resolve(
     trained = batch.rows * data.trained_per_row
     tokens = round(steps * trained)
     compiled = ledger.settle(
-        "train.compile", train.compile, lambda: rules.choose_compile(machine, eager_seconds=tokens / eager)
+        "train.compile",
+        train.compile,
+        lambda: rules.choose_compile(machine, eager_seconds=tokens / eager, native=model.native),
     )
     ledger.settle(
         "optim.lr",
@@ -114,7 +116,8 @@ def _token_budget(
     if train.time is not None:
         seconds = train.time.value
         compiled = train.compile is True or (
-            train.compile == AUTO and rules.choose_compile(machine, eager_seconds=seconds)[0] is True
+            train.compile == AUTO
+            and rules.choose_compile(machine, eager_seconds=seconds, native=model.native)[0] is True
         )
         rate = machine.ranks * predict_tokens_per_second(model, machine, dtype=dtype, compiled=compiled)
         return Budget(max(1, round(seconds * rate)), f"{train.time} at a predicted {rate:,.0f} tokens/s")

@@ -238,8 +238,10 @@ def choose_warmup(steps: int, tuning: TuningFacts | None = None) -> Choice:
     return warmup, "5 % of the run, at most 1,000 steps"
 
 
-def choose_compile(machine: MachineFacts, *, eager_seconds: float) -> Choice:
-    """Compile blocks when a compiler is there and the run is long enough to earn the compile time back."""
+def choose_compile(machine: MachineFacts, *, eager_seconds: float, native: bool = True) -> Choice:
+    """Compile our own blocks when a compiler is there and the run is long enough to earn the compile time back."""
+    if not native:
+        return False, "blocks of transformers run as its code has them"
     if machine.kind == "cpu" and machine.compiler is None:
         return False, "no C++ compiler on PATH (install g++ or clang for about 1.7x the speed)"
     if machine.kind == "mps":

@@ -70,7 +70,7 @@ def model_source(section: ModelSection) -> ModelSource:
     if isinstance(section, ModelFromConfig):
         return _from_fields(section.config, dropout)
     folder = Path(section.path) if isinstance(section, ModelFromFolder) else download(section.hf)
-    native = section.implementation == "auto"
+    native = section.implementation == "native"
     config = _with_dropout(load_config(folder, native=native), dropout)
     has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
     return ModelSource(

@@ -91,7 +91,7 @@ def settle(
     )
     plan = resolve(recipe, machine, data, model_facts(model_config, data.sequence_length), tuning)
     earlier = source.decisions(model_config, data.vocab_size)
-    if recipe.model.attention == "auto":
+    if recipe.model.attention == "auto" and model_config.family != "transformers":  # which chooses for itself
         masked = dataset is not None and dataset.has_document_ids
         earlier += (_attention(machine.kind, data.sequence_length, masked, model_config.layer_windows()),)
     plan = plan.with_decisions(earlier)
