@@ -1,4 +1,4 @@
-"""`trainwright data build | preview | inspect`"""
+"""`trainwright data build | preview | inspect | convert`"""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainwright.cli.convert import convert
+
 if TYPE_CHECKING:
     from trainwright.config import LoadedRecipe
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Build, preview and inspect token datasets.", no_args_is_help=True)
+app = typer.Typer(
+    help="Build, preview and inspect datasets, and convert between formats of records.", no_args_is_help=True
+)
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, a run folder, or a built-in name such as stdlib.")
 ]
@@ -67,6 +71,9 @@ def inspect(
     from trainwright.data.commands import inspect as lines
 
     print("\n".join(lines(folder, verify=verify)))
+
+
+app.command()(convert)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
