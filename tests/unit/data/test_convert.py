@@ -213,7 +213,7 @@ def test_arguments_are_checked_with_what_was_meant(tmp_path: Path) -> None:
 def test_conversion_reads_writes_and_counts(tmp_path: Path) -> None:
     source = tmp_path / "a.bmes"
     source.write_text("北 B-LOC\n京 E-LOC\n\n人 O\n大 E-ORG\n\nx O\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"a.bmes:4: 1 tags where the scheme bioes forbids them"):
+    with pytest.raises(DataError, match=r"a.bmes:4: tag 'E-ORG' of word 2 may not stand there in bioes"):
         convert(str(source), tmp_path / "b.jsonl", task="ner", to="tokens")
     assert not (tmp_path / "b.jsonl").exists()
     done = convert(str(source), tmp_path / "b.jsonl", task="ner", to="tokens", on_error="skip")

@@ -42,7 +42,7 @@ def test_resume(shared_data: Shared, name: str, sentences: int, mended: int) -> 
     assert len(found) == sentences
     assert problems.counts == ({"tags-repaired": mended} if mended else {})
     if mended:
-        with pytest.raises(DataError, match="the scheme bmes forbids"):
+        with pytest.raises(DataError, match="may not stand there in bmes"):
             read(path, "tagged")
 
 

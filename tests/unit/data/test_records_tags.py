@@ -25,7 +25,7 @@ def test_every_scheme_says_the_same_entities(scheme: str) -> None:
     tags = TAGS[scheme].split()
     assert to_spans(tags, scheme) == SPANS
     assert tags_of(SPANS, 5, scheme) == tags
-    assert violations(tags, scheme) == 0
+    assert violations(tags, scheme) == []
     for other, written in TAGS.items():
         assert convert_tags(tags, scheme, other) == written.split()
 
@@ -50,7 +50,7 @@ def test_conversion_both_ways_loses_nothing_on_random_sentences() -> None:
             if scheme in ("bmes", "bilou", "bioes", "iob2", "iob1"):
                 tags = tags_of(spans, words, scheme)
                 assert to_spans(tags, scheme) == spans
-                assert violations(tags, scheme) == 0
+                assert violations(tags, scheme) == []
                 assert convert_tags(convert_tags(tags, scheme, "iob2"), "iob2", scheme) == tags
 
 
@@ -79,18 +79,18 @@ def test_the_scheme_is_found_over_the_whole_file(sentences: list[str], scheme: s
     ("tags", "scheme", "spans", "wrong"),
     [
         # what conlleval 1.2 says of these
-        ("O I-A I-A", "iob2", [(1, 3, "A")], 1),
-        ("B-A I-B", "iob2", [(0, 1, "A"), (1, 2, "B")], 1),
-        ("I-A B-A I-A", "iob2", [(0, 1, "A"), (1, 3, "A")], 1),
-        ("B-A O E-A", "bioes", [(0, 1, "A"), (2, 3, "A")], 2),
-        ("B-A I-A", "bioes", [(0, 2, "A")], 1),
-        ("S-A E-A", "bioes", [(0, 1, "A"), (1, 2, "A")], 1),
-        ("B-A B-A E-A", "bioes", [(0, 1, "A"), (1, 3, "A")], 1),
-        ("B-A E-B", "bioes", [(0, 1, "A"), (1, 2, "B")], 1),
+        ("O I-A I-A", "iob2", [(1, 3, "A")], [1]),
+        ("B-A I-B", "iob2", [(0, 1, "A"), (1, 2, "B")], [1]),
+        ("I-A B-A I-A", "iob2", [(0, 1, "A"), (1, 3, "A")], [0]),
+        ("B-A O E-A", "bioes", [(0, 1, "A"), (2, 3, "A")], [0, 2]),
+        ("B-A I-A", "bioes", [(0, 2, "A")], [1]),
+        ("S-A E-A", "bioes", [(0, 1, "A"), (1, 2, "A")], [1]),
+        ("B-A B-A E-A", "bioes", [(0, 1, "A"), (1, 3, "A")], [0]),
+        ("B-A E-B", "bioes", [(0, 1, "A"), (1, 2, "B")], [1]),
     ],
 )
 def test_forbidden_sequences_are_read_as_conlleval_does(
-    tags: str, scheme: str, spans: list[tuple[int, int, str]], wrong: int
+    tags: str, scheme: str, spans: list[tuple[int, int, str]], wrong: list[int]
 ) -> None:
     assert to_spans(tags.split(), scheme) == spans
     assert violations(tags.split(), scheme) == wrong

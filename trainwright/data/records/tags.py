@@ -117,24 +117,26 @@ def to_spans(tags: Sequence[str], scheme: str = "iob2") -> list[Span]:
     return spans
 
 
-def violations(tags: Sequence[str], scheme: str = "iob2") -> int:
-    """How many tags stand where the scheme forbids them; `to_spans` reads such sequences as conlleval does."""
+def violations(tags: Sequence[str], scheme: str = "iob2") -> list[int]:
+    """Numbers (from 0) of the tags that the scheme forbids where they stand, or that should have been an entity's end;
+    `to_spans` reads such sequences as conlleval does."""
     _check(scheme)
     if scheme in ("iob1", "io", "words"):
         if scheme == "iob1":
             _parsed(tags, scheme)
-        return 0  # every sequence of these is an entity or none
-    count = 0
+        return []  # every sequence of these is an entity or none
+    wrong = []
     before = ("O", "")
     closes = scheme != "iob2"
-    for letter, kind in [*_parsed(tags, scheme), ("O", "")]:
+    for position, (letter, kind) in enumerate([*_parsed(tags, scheme), ("O", "")]):
         is_open = before[0] in "BI"
         goes_on = letter in "IE"
-        broken = goes_on and not (is_open and kind == before[1])
-        unclosed = closes and is_open and not goes_on
-        count += broken or unclosed
+        if goes_on and not (is_open and kind == before[1]):
+            wrong.append(position)
+        elif closes and is_open and not goes_on:
+            wrong.append(position - 1)
         before = (letter, kind)
-    return count
+    return wrong
 
 
 def tags_of(spans: Iterable[Span], words: int, scheme: str = "iob2") -> list[str]:
