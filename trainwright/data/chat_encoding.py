@@ -90,7 +90,10 @@ class ChatFormat:
         assert source is not None, "with_template always sets one"
         self.renderer = ChatRenderer(source, special_variables(tokenizer))
         self.system = system
-        self._added = frozenset(tokenizer.core.get_added_tokens_decoder())
+        unknown = {tokenizer.unk_id}
+        self._added = frozenset(tokenizer.core.get_added_tokens_decoder()) - unknown
+        self._special = tokenizer.special_ids - unknown
+        self._probe = _speakable(tokenizer)
         self._reserved = reserved_pattern(tokenizer)
         self.end_ids = (self._end_of_turn(turns=1),)
         later = self._end_of_turn(turns=2)
@@ -179,7 +182,7 @@ class ChatFormat:
         """Number of the token that ends what the assistant writes in characters [start, end): the last one, where it is
         a special token (tags may enclose it), else an added one with nothing but white space before it."""
         for number in reversed(np.flatnonzero(tokens.inside(start, end))):
-            if int(tokens.ids[number]) in self.tokenizer.special_ids:
+            if int(tokens.ids[number]) in self._special:
                 return int(number)
             if text[tokens.starts[number] : tokens.ends[number]].strip():
                 break
@@ -192,8 +195,7 @@ class ChatFormat:
 
     def _end_of_turn(self, turns: int) -> int:
         """The token that ends the assistant's first message in a conversation of so many turns."""
-        messages = [message for _ in range(turns) for message in (*_question(), {"role": "assistant", "content": "A"})]
-        rendering = self.renderer.render(messages)
+        rendering = self.renderer.render([*self._question(), self._answer(self._probe)] * turns)
         turn = next(iter(rendering.turns), None)
         if turn is None or turn.end is None:
             raise DataError("the chat template does not write out what the assistant says", hint="choose another")
@@ -215,9 +217,15 @@ class ChatFormat:
     # ---- the border of the prompt
 
     def _measure_overhang(self) -> int:
-        prompt = self.renderer.text(_question(), add_generation_prompt=True)
-        answers = [[*_question(), {"role": "assistant", "content": answer}] for answer in _ANSWERS]
-        return overhang(self.tokenizer, prompt, [self.renderer.text(messages) for messages in answers])
+        prompt = self.renderer.text(self._question(), add_generation_prompt=True)
+        chats = [[*self._question(), self._answer(answer)] for answer in _ANSWERS]
+        return overhang(self.tokenizer, prompt, [self.renderer.text(messages) for messages in chats])
+
+    def _question(self) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": self._probe}]
+
+    def _answer(self, text: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": text}
 
 
 def overhang(tokenizer: Tokenizer, prompt: str, wholes: Sequence[str] = ()) -> int:
@@ -231,7 +239,7 @@ def overhang(tokenizer: Tokenizer, prompt: str, wholes: Sequence[str] = ()) -> i
     tokens = encode_offsets(tokenizer, prompt)
     stable = len(tokens.ids)
     for whole in wholes or [prompt + answer for answer in _ANSWERS]:
-        if whole.startswith(prompt):
+        if whole.startswith(prompt) and _spelt(tokenizer, whole[len(prompt) :]):
             ids = encode_offsets(tokenizer, whole).ids[: len(tokens.ids)]
             same = tokens.ids[: len(ids)] == ids
             stable = min(stable, len(ids) if same.all() else int(np.argmin(same)))
@@ -245,5 +253,18 @@ def reserved_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
-def _question() -> list[dict[str, Any]]:
-    return [{"role": "user", "content": "."}]
+def _speakable(tokenizer: Tokenizer) -> str:
+    """A text that the tokenizer can spell, for finding out what stands around texts."""
+    letters = sorted(token for token in tokenizer.core.get_vocab(with_added_tokens=False) if len(token) == 1)
+    for text in ("A", "a", "1", *letters):
+        if not text.isspace() and _spelt(tokenizer, text):
+            return text
+    return "A"
+
+
+def _spelt(tokenizer: Tokenizer, text: str) -> bool:
+    try:
+        ids = tokenizer.encode(text)
+    except DataError:
+        return False
+    return bool(ids) and tokenizer.unk_id not in ids

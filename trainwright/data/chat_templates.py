@@ -7,7 +7,7 @@ is always the better choice for that model. Every one ends an assistant's messag
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainwright.base.errors import ConfigError, DataError
@@ -15,7 +15,15 @@ from trainwright.base.text import did_you_mean
 from trainwright.data.templates import render_chat
 from trainwright.data.tokenizer_core import Tokenizer
 
-__all__ = ["TEMPLATES", "choose_template", "read_template", "special_variables", "template_tokens", "with_template"]
+__all__ = [
+    "TEMPLATES",
+    "choose_template",
+    "read_template",
+    "special_variables",
+    "split_tokens",
+    "template_tokens",
+    "with_template",
+]
 
 _CHATML_TOOLS = (
     "{%- macro call(item) -%}"
@@ -173,6 +181,11 @@ def template_tokens(template: str) -> tuple[str, ...]:
         except DataError:
             continue
     return tuple(sorted({token for text in texts for token in _TOKEN.findall(text)}))
+
+
+def split_tokens(text: str, tokens: Sequence[str]) -> list[str]:
+    """A text cut at special tokens, without these."""
+    return re.split("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))), text) if tokens else [text]
 
 
 def with_template(tokenizer: Tokenizer, spec: str) -> Tokenizer:

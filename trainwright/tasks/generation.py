@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from trainwright.base.errors import ConfigError, DataError
+from trainwright.data.chat_templates import split_tokens
 from trainwright.data.examples.example import ExampleEncoder
 from trainwright.data.tokenizer_core import Tokenizer
 from trainwright.models.heads import HeadSpec
@@ -56,6 +57,11 @@ class PairDefinition:
     def survey(self, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Nothing needs to be known of the records."""
         return {}
+
+    def texts(self, record: Mapping[str, Any]) -> Iterator[str]:
+        """What a tokenizer that is trained on a record reads: the pair in the template, its tokens left out."""
+        text = self.pair_template.prompt(record["source"]) + (record.get("target") or "")
+        yield from (piece for piece in split_tokens(text, self.special_tokens) if piece)
 
     def bind(self, survey: Mapping[str, Any], tokenizer: Tokenizer) -> Writing:
         """Raises DataError for a tokenizer without an end token, MissingDependencyError without the metrics."""

@@ -7,15 +7,17 @@ no harm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from trainwright.base.errors import DataError
 from trainwright.data.chat_encoding import ChatFormat
-from trainwright.data.chat_templates import choose_template, read_template, template_tokens, with_template
+from trainwright.data.chat_spans import plain_messages
+from trainwright.data.chat_templates import choose_template, read_template, split_tokens, template_tokens, with_template
 from trainwright.data.examples.example import ExampleEncoder
+from trainwright.data.templates import render_chat
 from trainwright.data.tokenizer_core import Tokenizer
 from trainwright.models.heads import HeadSpec
 from trainwright.tasks.causal_lm import CausalLM
@@ -42,11 +44,25 @@ class SFTDefinition:
         self.section = section
         self.max_length = max_length
         self.template: str = section.template if section.template == "auto" else read_template(section.template)
-        self.special_tokens = template_tokens(choose_template(section.template, None))
+        self._source = choose_template(section.template, None)
+        self.special_tokens = template_tokens(self._source)
 
     def survey(self, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Nothing needs to be known of the records."""
         return {}
+
+    def texts(self, record: Mapping[str, Any]) -> Iterator[str]:
+        """What a tokenizer that is trained on a record reads: the chat as the template writes it, special tokens left
+        out."""
+        if "messages" not in record:
+            yield record["text"]
+            return
+        try:
+            messages = plain_messages(record["messages"])
+            text = render_chat(self._source, messages, tools=record.get("tools"), bos_token="", eos_token="")
+        except DataError:  # the encoder says what is wrong with it
+            return
+        yield from (piece for piece in split_tokens(text, self.special_tokens) if piece)
 
     def prepare_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer with the template of this task, as it is to be saved."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,8 @@ class Builder:
             training = self.spec.tokenizer
             self._report("tokenizer", 0, 1, 0)
             records = stored_records(self.folder, "train")
-            texts = (text for one in records for text in record_texts(self.definition.shape, one))
+            of_record = getattr(self.definition, "texts", partial(record_texts, self.definition.shape))
+            texts = (text for one in records for text in of_record(one))
             # every character or word must be seen to be counted; merges need only a sample
             merges = training.kind in ("bpe", "wordpiece")
             tokenizer = train_tokenizer(
