@@ -60,20 +60,25 @@ keywords format, columns, on_error, problems and those of `ExampleSpec.reading`.
 class BoundTask(Protocol):
     """A task that knows its labels and its tokenizer."""
 
-    encoder: ExampleEncoder
+    @property
+    def encoder(self) -> ExampleEncoder: ...
 
 
 class ExampleDefinition(Protocol):
     """A task before the data was seen (`tasks.task.TaskDefinition`).
 
     A definition may have `special_tokens`, a tuple of texts: tokens that a tokenizer trained for it must have (marks
-    of entities, of turns); `prepare_tokenizer`, which gives the tokenizer to save, with another chat template; and
+    of entities, of turns); `texts`, which gives the texts of a record that such a tokenizer learns from;
+    `prepare_tokenizer`, which gives the tokenizer to save, with another chat template; and
     `template`, the text that chooses that template. Its encoder may have `must_train_ids`: tokens that must be among
     the trained ones.
     """
 
-    name: str
-    shape: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> str: ...
 
     def survey(self, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]: ...
 

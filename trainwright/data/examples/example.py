@@ -78,12 +78,21 @@ class ExampleEncoder(Protocol):
         max_length: input tokens of the longest example.
         fingerprint: text that changes whenever the same record would give other arrays (the tokenizer is not part).
         packable: whether several examples may stand in one row, apart by `document_ids`.
+
+    It may have `must_train_ids`, token ids of which at least one must be trained in the training split.
     """
 
-    features: tuple[Feature, ...]
-    max_length: int
-    fingerprint: str
-    packable: bool
+    @property
+    def features(self) -> tuple[Feature, ...]: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def packable(self) -> bool: ...
 
     def encode(self, record: Mapping[str, Any]) -> Encoded:
         """Raises DataError where the record cannot be used: what was seen, what was expected."""
