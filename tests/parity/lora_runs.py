@@ -20,6 +20,8 @@ from trainwright.engine.materialise import Values, materialise
 from trainwright.engine.names import optimized_parameters
 from trainwright.models import LlamaConfig, build_model
 from trainwright.models.adapters import AdapterOptions, adapter_values, apply_adapter
+from trainwright.models.adapters.peft_methods import apply_peft_method
+from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.models.initialise import initial_values
 from trainwright.optim import OptimizerOptions, Rule, build_optimizer
 from trainwright.parallel.pipeline import parameter_names
@@ -28,11 +30,22 @@ from trainwright.testing import tiny_llama_config
 
 __all__ = ["CONFIGS", "Adapted", "differences", "train"]
 
+TRANSFORMERS = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     **FAMILIES,
     "wide llama": lambda: LlamaConfig(
         **tiny_llama_config(vocab_size=96, num_layers=2, hidden_size=128, intermediate_size=256, head_dim=32)
     ),
+    "transformers": lambda: HuggingFaceConfig(TRANSFORMERS),
     "one key head": lambda: LlamaConfig(**tiny_llama_config(vocab_size=96, num_layers=2, num_kv_heads=1)),
 }
 """Two blocks of 64 numbers and more in every row, which tensor ranks can divide; heads that they cannot divide."""
@@ -43,7 +56,7 @@ class Adapted:
     """What of a run may vary beside its layout."""
 
     family: str
-    options: AdapterOptions
+    options: AdapterOptions | dict[str, Any]
     steps: int = 3
     precision: str = "fp32"
     memory: dict[str, Any] | None = None
@@ -56,11 +69,16 @@ def train(setting: Adapted, layout: Layout, ranks: Ranks = ALONE, *, frozen: boo
     policy = precision(setting.precision)
     memory = MemorySection(**(setting.memory or {}))
     sections = Sections(PRECISIONS[setting.precision](name=setting.precision), ParallelSection(), CommSection(), memory)
-    model = build_model(config, device="meta")
-    report = apply_adapter(model, setting.options)
-    divided = divide(model, mesh, policy, sections)
-    values = adapter_values(report.linears, initial_values(config, 3), seed=4)
-    materialise(model, ranks.device, _with_addition(values))
+    if isinstance(setting.options, AdapterOptions):
+        model = build_model(config, device="meta")
+        report = apply_adapter(model, setting.options)
+        divided = divide(model, mesh, policy, sections)
+        values = adapter_values(report.linears, initial_values(config, 3), seed=4)
+        materialise(model, ranks.device, _with_addition(values))
+    else:
+        model = build_model(config, seed=3)
+        apply_peft_method(model, setting.options, seed=4)
+        divided = divide(model, mesh, policy, sections)
     rules = (Rule(r"lora_", freeze=True),) if frozen else ()
     options = OptimizerOptions(lr=3e-3, eps=1e-3, rules=rules)
     optimizer = build_optimizer(optimized_parameters(model), options, elsewhere=parameter_names(model))

@@ -52,8 +52,7 @@ def run_cells(rank: int, world: int, cells: list[tuple[Adapted, dict[str, Layout
         reference = train(setting, Layout(1, 0, 1))
         for name, layout in layouts.items():
             run = train(setting, layout, ranks)
-            found.append([f"{setting.family} {setting.options.name} {setting.precision}", name])
-            found[-1].append(differences(run, reference))
+            found.append([f"{setting.family} {setting.options}", name, differences(run, reference)])
             run.engine.data_parallel.close()
     return found
 

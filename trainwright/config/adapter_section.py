@@ -42,7 +42,7 @@ class AdapterSection(Section):
     path: Annotated[str | None, Name((None,), what_it_is="a folder")] = None
     """A folder of adapters, ours or peft's, to go on from; rank, alpha, name and targets must be its own."""
     config: dict[str, JsonValue] = Field(default_factory=dict)
-    """Fields of peft's own configuration, such as {peft_type: VERA, r: 64, target_modules: [q_proj, v_proj]}."""
+    """Fields of peft's own configuration, such as {peft_type: LOHA, r: 8, target_modules: [q_proj, v_proj]}."""
 
     def problems(self) -> Any:
         if self.name == "qlora" and self.base not in ("auto", "nf4"):

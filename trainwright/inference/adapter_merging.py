@@ -19,6 +19,7 @@ from trainwright.base.errors import ConfigError, ModelError
 from trainwright.data import Tokenizer, load_tokenizer
 from trainwright.models import Pretrained, load_pretrained, save_pretrained
 from trainwright.models.adapters import SavedAdapter, load_adapter, merge_adapter
+from trainwright.models.adapters.targets import task_head_of
 
 __all__ = ["MAX_ROWS", "MergeReport", "load_adapted", "merge_folder", "text_rows", "tolerance_of"]
 
@@ -192,7 +193,7 @@ def _measure(model: Any, batches: Sequence[Tensor]) -> _Measured:
     numbers, loss_sum, count = [], 0.0, 0
     for ids in batches:
         batch = _batch(model, ids)
-        if model.task_head is not None:
+        if task_head_of(model) is not None:
             numbers.append(model.scores(batch).float())
             continue
         hidden = model.hidden_states_of(batch)

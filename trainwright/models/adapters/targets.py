@@ -54,7 +54,8 @@ def target_linears(model: nn.Module, patterns: Sequence[str] | None) -> dict[str
         if not chosen:
             raise ConfigError(
                 f"{type(model).__name__} has no linear layers that an adapter could stand beside",
-                hint="name modules in adapter.targets, or train without an adapter",
+                hint="its matrices are modules of another kind; adapter: {name: peft} may know them, and gpt2 has a"
+                " native family with linears",
             )
         return chosen
     for pattern in patterns:
