@@ -6,6 +6,7 @@ arXiv 1907.10529: lengths from a geometric distribution of p = 0.2, at most 10 w
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,19 +47,19 @@ class WordTable:
 def word_table(tokenizer: Tokenizer) -> WordTable:
     """How the tokens of a tokenizer join to words.
 
-    WordPiece: `##` continues a word. Byte-level, sentencepiece and characters: letters and digits go on without a
+    WordPiece and word-level: `##` continues a word. Byte-level, sentencepiece and characters: letters and digits go on without a
     space between them. A Chinese, Japanese or Korean character is a word of its own everywhere, and so is a
     punctuation mark.
     """
     size = tokenizer.vocab_size
     joins, left, right = (np.zeros(size, dtype=bool) for _ in range(3))
     names = [tokenizer.token(index) for index in range(size)]
-    pieces = any(name is not None and name.startswith("##") and len(name) > 2 for name in names)
+    apart = json.loads(tokenizer.core.to_str())["model"]["type"] in ("WordPiece", "WordLevel")  # text is cut before
     byte_level = _spells_bytes(names)
     for index, name in enumerate(names):
         if name is None or index in tokenizer.special_ids or not name:
             continue
-        if pieces:
+        if apart:
             joins[index] = name.startswith("##") and len(name) > 2
             continue
         text = _bytes_of(name).decode("utf-8", errors="replace") if byte_level else name.replace("\u2581", " ")
