@@ -235,6 +235,9 @@ def run_as_forward(model: Any, name: str) -> None:
 
     torch's `register_fsdp_forward_method` does the same, but gives the parameters up when such a method is called from
     inside `forward`.
+
+    FSDP2 learns of the backward pass by the gradient of what comes out. Where all before the head is frozen that has
+    none, and the head's gradient would stay here: then the output asks for one.
     """
     method = getattr(model, name)
 
@@ -244,7 +247,10 @@ def run_as_forward(model: Any, name: str) -> None:
         if state._training_state == TrainingState.FORWARD:
             return method(*args, **kwargs)
         args, kwargs = state._pre_forward(model, args, kwargs)
-        return state._post_forward(model, args, method(*args, **kwargs))
+        output = method(*args, **kwargs)
+        if isinstance(output, Tensor) and torch.is_grad_enabled() and output.is_leaf and output.is_floating_point():
+            output.requires_grad_()
+        return state._post_forward(model, args, output)
 
     setattr(model, name, call)
 
