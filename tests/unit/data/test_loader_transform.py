@@ -61,7 +61,7 @@ def test_transforms_see_global_draws(dataset: ExampleDataset) -> None:
 def test_a_row_is_changed_otherwise_in_every_epoch(dataset: ExampleDataset) -> None:
     loader = Loader(dataset, ROWS, seed=0, transform=noise, prefetch=0)
     epochs = [loader.batch(step) for step in range(2)]
-    first, second = ({row: n for row, n in zip(rows_of(b), b["noise"].tolist(), strict=True)} for b in epochs)
+    first, second = (dict(zip(rows_of(b), b["noise"].tolist(), strict=True)) for b in epochs)
     assert first.keys() == second.keys()
     assert sum(first[row] != second[row] for row in first) > ROWS // 2
 
