@@ -202,6 +202,14 @@ def test_a_misnamed_column_is_found(tmp_path: Path) -> None:
         read(path, "labelled", columns={"text": "text"})
 
 
+def test_a_misspelt_label_is_not_taken_for_no_label(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.jsonl", lines({"text": "x", "lable": 1}))
+    with pytest.raises(DataError, match=r"a.jsonl:1: no column for 'label'.*'lable'; did you mean 'label'"):
+        read(path, "labelled")
+    assert read(path, "labelled", columns={"label": "lable"}) == [{"text": "x", "label": "1"}]
+    assert read(file(tmp_path, "b.jsonl", lines({"text": "x", "url": 1})), "labelled") == [{"text": "x"}]
+
+
 def test_arguments_are_checked_with_what_was_meant(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", lines({"text": "x", "label": 1}))
     with pytest.raises(ConfigError, match=r"'txt'.*Did you mean 'text'"):

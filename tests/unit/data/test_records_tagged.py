@@ -77,7 +77,8 @@ def test_a_line_of_another_width_is_named_and_its_sentence_left_out(tmp_path: Pa
 def test_forbidden_sequences_are_refused_or_mended_and_counted(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "a B-X\nb I-X\n\nc O\nd I-X\n\ne B-X\nf B-X\n")
     with pytest.raises(
-        DataError, match=r"a.conll:4: tag 'I-X' of word 2 may not stand there in iob2 \(... O I-X ...\)\n.*conlleval"
+        DataError,
+        match=r"a.conll:4: tag 'I-X' of word 2 may not stand there in iob2 \(... O I-X, the end\)\n.*conlleval",
     ):
         read(path)
     problems = Problems()

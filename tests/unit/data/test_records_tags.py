@@ -96,6 +96,16 @@ def test_forbidden_sequences_are_read_as_conlleval_does(
     assert violations(tags.split(), scheme) == wrong
 
 
+def test_random_sequences_are_read_as_seqeval_reads_them() -> None:
+    """seqeval's default mode is conlleval's reading, for BIO and for the schemes with E and S."""
+    get_entities = pytest.importorskip("seqeval.metrics.sequence_labeling").get_entities
+    draw = random.Random(5)
+    for scheme, letters in (("iob2", "BI"), ("iob1", "BI"), ("bioes", "BIES")):
+        for _ in range(500):
+            tags = [draw.choice(["O", *(f"{letter}-{kind}" for letter in letters for kind in "XY")]) for _ in range(8)]
+            assert to_spans(tags, scheme) == [(start, end + 1, kind) for kind, start, end in get_entities(tags)]
+
+
 def test_bare_types_make_runs_and_word_classes_stay() -> None:
     assert convert_tags(["PER", "PER", "O", "LOC"], "io") == ["B-PER", "I-PER", "O", "B-LOC"]
     assert convert_tags(["DT", "NN", "NN"], "words") == ["DT", "NN", "NN"]

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
@@ -204,6 +205,7 @@ def _by_rows(opened: Opened) -> Format | None:
         return None
     for one in _of_level(opened, "rows"):
         if one.matches(rows, opened.options):
+            _refuse_misspelt(opened, rows, head[0].where)
             return one
     _refuse_missing(opened, rows[0], head[0].where)
     names = list(dict.fromkeys(str(name) for row in rows for name in row))
@@ -225,6 +227,21 @@ def _refuse_missing(opened: Opened, row: Mapping[str, Any], where: str) -> None:
             columns.find(row, key)
         except Unusable as error:
             raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+
+
+def _refuse_misspelt(opened: Opened, rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Records may lack what is learnt, to be predicted on; a column that is nearly named so is a slip, though."""
+    key, columns = opened.shape.target, Columns(opened.shape, opened.options.columns)
+    if key is None or any(columns.has(row, key) for row in rows):
+        return
+    known = {name for names in opened.shape.columns.values() for name in names} | set(opened.options.columns.values())
+    for name in rows[0]:
+        close = get_close_matches(str(name).lower(), opened.shape.columns[key], n=1, cutoff=0.8)
+        if close and name not in known:
+            raise DataError(
+                f"{where}: no column for {key!r}, and one that is named {name!r}; did you mean {close[0]!r}?",
+                hint=f"write data.columns: {{{key}: {name}}}, or rename the column",
+            )
 
 
 def _expected(shape: Shape) -> str:

@@ -37,8 +37,8 @@ def _in_iob2(tags: Sequence[str], scheme: str, opened: Opened, where: str) -> li
     if wrong:
         at = wrong[0]
         more = f", and {len(wrong) - 1} more of the sentence" if len(wrong) > 1 else ""
-        around = " ".join(tags[max(0, at - 2) : at + 3])
-        message = f"tag {tags[at]!r} of word {at + 1} may not stand there in {scheme} (... {around} ...){more}"
+        around = " ".join(tags[max(0, at - 2) : at + 3]) + (" ..." if at + 3 < len(tags) else ", the end")
+        message = f"tag {tags[at]!r} of word {at + 1} may not stand there in {scheme} (... {around}){more}"
         if opened.policy.on_error == "stop":
             raise Unusable(
                 "tags-repaired", message, "mend them, or set on_error: skip to read them as conlleval does, counted"
