@@ -47,8 +47,8 @@ class WordTable:
 def word_table(tokenizer: Tokenizer) -> WordTable:
     """How the tokens of a tokenizer join to words.
 
-    WordPiece and word-level: `##` continues a word. Byte-level, sentencepiece and characters: letters and digits go on without a
-    space between them. A Chinese, Japanese or Korean character is a word of its own everywhere, and so is a
+    WordPiece and word-level: `##` continues a word. Byte-level, sentencepiece and characters: letters and digits go on
+    without a space between them. A Chinese, Japanese or Korean character is a word of its own everywhere, and so is a
     punctuation mark.
     """
     size = tokenizer.vocab_size
