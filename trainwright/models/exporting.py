@@ -222,7 +222,8 @@ def _config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _generation(config: ModelConfig, generation: Mapping[str, Any] | None) -> dict[str, Any]:
-    ids = {key: config.to_hf()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    ids = {key: config.to_hf().get(key) for key in names}
     known = {key: value for key, value in ids.items() if value is not None}
     return {"_from_model_config": not generation, **known, **(generation or {})}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from trainwright.models import ModelConfig, check_vocabulary, load_config, prese
 from trainwright.models.fields import config_from_fields
 from trainwright.models.hub import download
 from trainwright.models.hugging_face.config import HuggingFaceConfig
+from trainwright.models.hugging_face.structure import structure
 from trainwright.planner import Decision, choose_vocab_size
 
 __all__ = ["ModelSource", "model_source"]
+
+Roles = Mapping[str, int | None]
 
 _LARGEST_VOCABULARY = 1 << 20
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -27,25 +30,28 @@ class ModelSource:
     """Where a model comes from, before the data says how large its vocabulary must be.
 
     Attributes:
-        make: (vocabulary size, sequence length) to the configuration.
+        make: (vocabulary size, sequence length, ids of special tokens by role) to the configuration.
         pretrained: folder with weights to load, None to start at random.
         tokenizer: the model's own tokenizer folder, None when it has none.
         vocabulary_key: recipe key of the vocabulary's size when the recipe leaves it to the planner, else None.
     """
 
-    make: Callable[[int, int], ModelConfig]
+    make: Callable[[int, int, Roles], ModelConfig]
     pretrained: str | None = None
     tokenizer: str | None = None
     vocabulary_key: str | None = None
 
-    def config_for(self, tokenizer_size: int, sequence_length: int) -> ModelConfig:
+    def config_for(self, tokenizer_size: int, sequence_length: int, roles: Roles | None = None) -> ModelConfig:
         """The configuration for this tokenizer and row length.
+
+        roles: the tokenizer's ids of "bos", "eos" and "pad" (None where it has no such token): a transformers model
+            that starts at random goes by them. Without them it keeps its architecture's.
 
         Raises:
             ModelError: the rows are longer than the positions that the model knows, or the vocabulary does not fit.
         """
         size = int(choose_vocab_size(tokenizer_size)[0]) if self.vocabulary_key else tokenizer_size
-        config = self.make(size, sequence_length)
+        config = self.make(size, sequence_length, roles or {})
         check_vocabulary(config.vocab_size, tokenizer_size)
         if sequence_length > config.max_position_embeddings:
             raise ModelError(
@@ -74,7 +80,7 @@ def model_source(section: ModelSection) -> ModelSource:
     config = _with_dropout(load_config(folder, native=native), dropout)
     has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
     return ModelSource(
-        make=lambda vocabulary, length: config,
+        make=lambda vocabulary, length, roles: config,
         pretrained=str(folder) if section.init_from_pretrained else None,
         tokenizer=str(folder) if has_tokenizer else None,
     )
@@ -84,7 +90,7 @@ def _from_preset(section: ModelFromPreset, dropout: dict[str, float]) -> ModelSo
     base = _with_dropout(preset(section.preset, **section.overrides), dropout)
     auto = section.vocab_size == "auto"
 
-    def make(vocabulary: int, length: int) -> ModelConfig:
+    def make(vocabulary: int, length: int, roles: Roles) -> ModelConfig:
         positions = max(base.max_position_embeddings, length)
         size = vocabulary if auto else int(section.vocab_size)
         return replace(base, vocab_size=size, max_position_embeddings=positions)
@@ -96,30 +102,34 @@ def _from_fields(given: dict[str, Any], dropout: dict[str, float]) -> ModelSourc
     theirs = given.get("family") == "transformers"
     auto = not any(name in given for name in ("vocab_size", *(("values",) if theirs else ())))
 
-    def make(vocabulary: int, length: int) -> ModelConfig:
+    def make(vocabulary: int, length: int, roles: Roles) -> ModelConfig:
         sized = {"vocab_size": vocabulary} if auto else {}
         if theirs:
-            return _with_dropout(
-                _positions_for(config_from_fields(_special_inside({**given, **sized})), length), dropout
-            )
+            config = config_from_fields(_with_special({**given, **sized}, roles))
+            return _with_dropout(_positions_for(config, length), dropout)
         filled = {"max_position_embeddings": length, **given, **sized}
         return _with_dropout(config_from_fields(filled), dropout)
 
     return ModelSource(make=make, vocabulary_key="model.config.vocab_size" if auto else None)
 
 
-def _special_inside(given: dict[str, Any]) -> dict[str, Any]:
-    """Architectures come with numbers of special tokens of their own tokenizers, which may be beyond this vocabulary:
-    those that the recipe does not name are left out then."""
+def _with_special(given: dict[str, Any], roles: Roles) -> dict[str, Any]:
+    """An architecture's numbers of special tokens are those of its own tokenizer. The ones that the recipe does not
+    name become this tokenizer's with the same role; without roles, those beyond the vocabulary are left out."""
     known = config_from_fields({**given, "vocab_size": max(int(given.get("vocab_size", 0)), _LARGEST_VOCABULARY)})
     assert isinstance(known, HuggingFaceConfig)
     words = int(given.get("vocab_size", known.vocab_size))
-    beyond = [
-        name
-        for name, value in known.values.items()
-        if name.endswith("_token_id") and isinstance(value, int) and value >= words and name not in given
-    ]
-    return {**given, **dict.fromkeys(beyond)}
+    theirs = {role: known.values.get(f"{role}_token_id") for role in ("pad", "eos", "bos")}
+    filled = dict(given)
+    for name, value in known.values.items():
+        if not name.endswith("_token_id") or name in given or not isinstance(value, int):
+            continue
+        role = next((role for role, number in theirs.items() if number == value), None)
+        if role is not None and role in roles and (roles[role] is not None or not structure(known).first_position):
+            filled[name] = roles[role]
+        elif value >= words:
+            filled[name] = None
+    return filled
 
 
 def _positions_for(config: ModelConfig, length: int) -> ModelConfig:

@@ -13,7 +13,7 @@ from trainwright.base.events import emit
 from trainwright.base.text import human_bytes
 from trainwright.comm import ALONE, Ranks
 from trainwright.config import LoadedRecipe, Recipe
-from trainwright.data import BuildProgress, TokenDataset, build_spec, prepare_dataset
+from trainwright.data import BuildProgress, TokenDataset, build_spec, load_tokenizer, prepare_dataset
 from trainwright.data.examples.build import build_examples
 from trainwright.data.examples.checks import padding_share
 from trainwright.data.examples.dataset import ExampleDataset
@@ -76,7 +76,7 @@ def settle(
         tune_cpu_runtime()
     source = model_source(recipe.model)
     dataset, data = ranks.first_then_others(lambda: _data(loaded, source.tokenizer, build_data))
-    model_config = source.config_for(data.vocab_size, data.sequence_length)
+    model_config = source.config_for(data.vocab_size, data.sequence_length, _roles(dataset))
     head = _head(recipe, dataset)
     if model_config.head != head:
         model_config = replace(model_config, head=head)
@@ -104,6 +104,14 @@ def settle(
         dataset=dataset,
         device=ranks.device if ranks.world > 1 else torch.device(machine.kind),
     )
+
+
+def _roles(dataset: Dataset | None) -> dict[str, int | None]:
+    """The ids of the tokenizer's special tokens, where data is built already."""
+    if dataset is None:
+        return {}
+    tokenizer = load_tokenizer(dataset.tokenizer_folder)
+    return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
 
 
 class _BuildNotices:

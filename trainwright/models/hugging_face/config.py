@@ -11,7 +11,7 @@ from typing import Any
 from trainwright.base.errors import ModelError
 from trainwright.models.head_files import KEY, head_from_hf
 from trainwright.models.heads import HeadSpec, check_head, head_fields
-from trainwright.models.hugging_face.library import KINDS, class_for, hf_config, kind_for, make_hf_config, stored_fields
+from trainwright.models.hugging_face.library import class_for, hf_config, kind_for, make_hf_config, stored_fields
 
 __all__ = ["UNLIMITED", "HuggingFaceConfig"]
 
@@ -78,6 +78,8 @@ class HuggingFaceConfig:
         for key in _GENERATION:
             written.setdefault(key, self.values.get(key))
         written["architectures"] = [self.model_class.__name__]
+        if self.class_kind == "seq2seq":
+            written["decoder_start_token_id"] = self.decoder_start_id
         if self.head is not None:
             written[KEY] = head_fields(self.head)
         return written
@@ -208,6 +210,13 @@ class HuggingFaceConfig:
         eos = self.values.get("eos_token_id")
         return tuple(eos) if isinstance(eos, list) else eos
 
+    @property
+    def decoder_start_id(self) -> int | None:
+        """The token before the first one of an encoder-decoder: named, else that of beginnings, padding, ends."""
+        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
+        found = (self.values.get(name) for name in names)
+        return next((value for value in found if isinstance(value, int)), None)
+
     def layer_windows(self) -> list[int | None]:
         """The sliding window of each layer in tokens, or None where it sees everything before."""
         window = self._number("sliding_window", default=0) or None
@@ -216,15 +225,3 @@ class HuggingFaceConfig:
             used = window is not None and getattr(self._text_config, "use_sliding_window", True)
             return [window if used else None] * self.num_layers
         return [window if kind == "sliding_attention" else None for kind in kinds]
-
-    def known_kinds(self) -> tuple[str, ...]:
-        """What this architecture can be for."""
-        return tuple(kind for kind in KINDS if _has(self.hf, kind))
-
-
-def _has(config: Any, kind: str) -> bool:
-    try:
-        class_for(config, kind)
-    except ModelError:
-        return False
-    return True

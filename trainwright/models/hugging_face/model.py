@@ -226,14 +226,13 @@ class HuggingFaceModel(nn.Module):
         Raises:
             ModelError: its configuration names none.
         """
-        values = self.config.values
-        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-            if values.get(name) is not None:
-                return int(values[name])
-        raise ModelError(
-            f"{type(self).__name__} names no token that a text begins with",
-            hint="set decoder_start_token_id in its config.json",
-        )
+        start: int | None = self.config.decoder_start_id
+        if start is None:
+            raise ModelError(
+                f"{type(self).__name__} names no token that a text begins with",
+                hint="set decoder_start_token_id in its config.json",
+            )
+        return start
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """decoder_input_ids [B, U] for labels [B, U]: the start token, then all but the last; -100 becomes padding."""
