@@ -144,7 +144,7 @@ def _settle_evaluation(ledger: Ledger, recipe: Recipe, data: DataFacts, steps: i
         return
     every = recipe.train.eval_every
     if every == AUTO:
-        count, reason = rules.choose_evaluation(steps)
+        count, reason = rules.choose_evaluation(steps, data, tokens=tokens)
         ledger.decisions.append(Decision("train.eval_every", f"{count} steps", reason))
         every = Duration(int(count), "steps")
     if recipe.train.eval_tokens == AUTO:

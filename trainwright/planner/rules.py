@@ -44,6 +44,7 @@ CUDA_MICRO_BATCH_TOKENS = 32768
 MICRO_BATCHES_PER_STAGE = 4  # (p - 1) / (4 p + p - 1) < 1/5 of the time is waited in 1F1B
 TUNING_ROWS = (8, 32)  # examples of one step: what BERT and SFT recipes use
 RECORDS_LIMIT = 1e-3  # a step over a few examples is noisier than one of a language model
+EVALUATED_EXAMPLES = 2000
 MEMORY_SHARE = 0.7  # of what is free after weights, gradients and optimizer state
 
 
@@ -258,19 +259,33 @@ def choose_deterministic(machine: MachineFacts) -> Choice:
     return False, "deterministic kernels cost speed on this device; set it to true for bitwise equal runs"
 
 
-def choose_evaluation(steps: int) -> Choice:
-    """Ten evaluations a run."""
-    return max(1, steps // 10), "ten times a run"
+def choose_evaluation(steps: int, data: DataFacts | None = None, *, tokens: int = 0) -> Choice:
+    """Ten evaluations a run.
+
+    Of examples each takes many rows, because metrics of few of them waver: then fewer evaluations, at least three,
+    where ten would cost more than a quarter of the run's compute (a forward pass is a third of a step).
+    """
+    if data is None or not data.records or not data.validation_rows:
+        return max(1, steps // 10), "ten times a run"
+    cost = min(data.validation_rows, EVALUATED_EXAMPLES) * data.trained_per_row / 3
+    times = min(10, max(3, int(0.25 * tokens / cost)))
+    reason = "ten times a run" if times == 10 else f"{times} times a run: more would cost over a quarter of it"
+    return max(1, steps // times), reason
 
 
 def choose_evaluation_rows(data: DataFacts, *, tokens: int, evaluations: int) -> Choice:
     """All validation rows when that costs under 10 % of the run's compute (a forward pass is a third), else fewer.
 
-    Examples may cost 25 %: metrics of few of them waver.
+    Of examples all, up to 2,000: with so many the standard error of an accuracy is about 1 %.
     """
-    share = 0.25 if data.records else 0.1
-    budget_tokens = share * tokens * 3 / max(evaluations, 1)
-    rows = max(1, int(budget_tokens / (data.trained_per_row if data.records else data.sequence_length)))
+    if data.records:
+        if data.validation_rows <= EVALUATED_EXAMPLES:
+            return "all", "metrics of few examples waver"
+        return EVALUATED_EXAMPLES * data.sequence_length, (
+            f"{EVALUATED_EXAMPLES:,} of {data.validation_rows:,} rows: the error of an accuracy is about 1 % then"
+        )
+    budget_tokens = 0.1 * tokens * 3 / max(evaluations, 1)
+    rows = max(1, int(budget_tokens / data.sequence_length))
     if rows >= data.validation_rows:
-        return "all", f"the whole validation split costs under {share:.0%} of the run"
-    return rows * data.sequence_length, f"{rows} of {data.validation_rows} rows: {share:.0%} of the run's compute"
+        return "all", "the whole validation split costs under 10 % of the run"
+    return rows * data.sequence_length, f"{rows} of {data.validation_rows} rows: 10 % of the run's compute"

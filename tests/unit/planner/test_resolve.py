@@ -52,7 +52,7 @@ def test_every_auto_of_a_bare_recipe_is_settled_and_the_result_loads() -> None:
     assert set(left) <= {
         "data.validation",
         "data.workers",
-        "data.format",
+        *("data.format", "data.scheme"),
         "data.document_mask",
         "data.append_eos",
         "monitor.console",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from trainwright.config import load_recipe
@@ -103,10 +105,15 @@ def test_a_given_budget_stands() -> None:
     assert plan_of(TuningFacts(pretrained=True, task="sft"), epochs=1).tokens == pytest.approx(8_500, abs=32)
 
 
-def test_all_validation_examples_are_taken_where_that_is_cheap() -> None:
-    plan = plan_of(TuningFacts(pretrained=True, task="classification", kind="encoder"))
+def test_metrics_are_taken_on_all_examples_and_seldom_where_that_is_dear() -> None:
+    tuning = TuningFacts(pretrained=True, task="classification", kind="encoder")
+    plan = plan_of(tuning)
     assert decided(plan)["train.eval_tokens"] == "all"
-    many = DataFacts(**{**TEXTS.__dict__, "validation_rows": 5_000})
-    wanted = decided(plan_of(TuningFacts(pretrained=True, task="classification", kind="encoder"), many))
-    rows = int(str(wanted["train.eval_tokens"])) // TEXTS.sequence_length
-    assert 1_500 < rows < 2_000, "a quarter of the run's compute over ten evaluations"
+    assert decided(plan)["train.eval_every"] == f"{plan.steps // 10} steps"
+    many = replace(TEXTS, validation_rows=5_000)
+    values = decided(plan_of(tuning, many))
+    assert values["train.eval_tokens"] == 2_000 * TEXTS.sequence_length
+    assert values["train.eval_every"] == f"{plan.steps // 9} steps"
+    halves = replace(TEXTS, train_rows=300, validation_rows=300)
+    plan = plan_of(tuning, halves)
+    assert decided(plan)["train.eval_every"] == f"{plan.steps // 3} steps"
