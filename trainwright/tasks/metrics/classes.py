@@ -88,7 +88,8 @@ def single(
     means = averages(scores, int(correct.sum()), int(of_predicted.sum()))
     total = int(confusion.sum())
     accuracy = float(correct.sum()) / total if total else 0.0
-    metrics = {"accuracy": accuracy, **_named(means), "matthews": matthews(confusion)}
+    micro = means.pop("micro")  # of one label a text all three are the accuracy, and stand last
+    metrics = {"accuracy": accuracy, **_named(means), "matthews": matthews(confusion), **_named({"micro": micro})}
     table = scores_table("classes", [names[index] for index in there], scores, means, kinds=("macro", "weighted"))
     summary = ("accuracy", "", "", accuracy, total)
     rows = (*table.rows[: len(there)], summary, *table.rows[len(there) :])
@@ -106,20 +107,18 @@ def several(true: Any, predicted: Any, names: Sequence[str]) -> tuple[dict[str, 
     of_texts = ratios((true & predicted).sum(1), predicted.sum(1), true.sum(1))
     means["samples"] = _three(float(part.mean()) for part in (of_texts.precision, of_texts.recall, of_texts.f1))
     metrics = {
+        **_named(means),
         "accuracy": float((true == predicted).all(1).mean()),
         "hamming": float((true != predicted).mean()),
-        **_named(means),
     }
     table = scores_table("labels", names, scores, means, kinds=("micro", "macro", "weighted", "samples"))
     return metrics, table
 
 
 def _named(means: dict[str, tuple[float, float, float]]) -> dict[str, float]:
-    return {
-        f"{what}_{kind}": value
-        for kind, values in means.items()
-        for what, value in zip(("precision", "recall", "f1"), values, strict=True)
-    }
+    """Flat metrics, the F1s in front."""
+    whats = (("f1", 2), ("precision", 0), ("recall", 1))
+    return {f"{what}_{kind}": values[index] for what, index in whats for kind, values in means.items()}
 
 
 def scores_table(

@@ -156,11 +156,11 @@ def entity_scores(
     kinds = sorted(real.keys() | guessed.keys())
     scores = ratios(*([counts[kind] for kind in kinds] for counts in (correct, guessed, real)))
     means = averages(scores, sum(correct.values()), sum(guessed.values()))
-    micro, macro, weighted = means["micro"], means["macro"], means["weighted"]
     metrics = {
-        **dict(zip(("precision", "recall", "f1"), micro, strict=True)),
-        **dict(zip(("precision_macro", "recall_macro", "f1_macro"), macro, strict=True)),
-        **dict(zip(("precision_weighted", "recall_weighted", "f1_weighted"), weighted, strict=True)),
+        f"{what}{suffix}": means[kind][index]
+        for kind, suffix in (("micro", ""), ("macro", "_macro"), ("weighted", "_weighted"))
+        for what, index in (("f1", 2), ("precision", 0), ("recall", 1))
+    } | {
         "token_accuracy": right / words if words else 0.0,
     }
     return metrics, scores_table("entities", kinds, scores, means, kinds=("micro", "macro", "weighted"))

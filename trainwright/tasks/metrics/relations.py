@@ -51,10 +51,10 @@ def relation_scores(true: Sequence[str], predicted: Sequence[str], other: str | 
     total = len(true)
     right = sum(a == b for a, b in zip(true, predicted, strict=True))
     metrics = {
-        "accuracy": right / total if total else 0.0,
-        **dict(zip(("precision_macro", "recall_macro", "f1_macro"), means["macro"], strict=True)),
-        **dict(zip(("precision_micro", "recall_micro", "f1_micro"), means["micro"], strict=True)),
-    }
+        f"{what}_{kind}": means[kind][index]
+        for kind in ("macro", "micro")
+        for what, index in (("f1", 2), ("precision", 0), ("recall", 1))
+    } | {"accuracy": right / total if total else 0.0}
     table = scores_table("relations", kinds, scores, means, kinds=("micro", "macro"))
     notes = (f"without {other!r}; the right relation in the wrong direction is wrong",) if other is not None else ()
     return metrics, Table(table.title, table.columns, table.rows, notes)
