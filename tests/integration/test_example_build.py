@@ -39,11 +39,11 @@ data:
 PROGRAM = """
 import sys
 from trainwright.config import load_recipe
-from trainwright.data.examples import builder
+from trainwright.data.examples import encoding
 from trainwright.data.examples.build import build_examples
 from trainwright.data.examples.spec import example_spec
 from trainwright.tasks.registry import DEFINITIONS
-builder.FEWEST_BYTES_PER_WORKER = 1
+encoding.WORTH_SECONDS = 0.0
 recipe = load_recipe(sys.argv[1]).recipe
 definition = DEFINITIONS[recipe.task.name](recipe.task, recipe.data.sequence_length)
 print("building", flush=True)

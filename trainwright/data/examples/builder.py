@@ -45,9 +45,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Builder"]
 
-# Below this much text in records, starting a process (it imports the task, and torch with it: seconds) costs more than
-# it saves.
-FEWEST_BYTES_PER_WORKER = 16 << 20
 CUT_WARNING = 0.05
 
 
@@ -138,10 +135,10 @@ class Builder:
 
     def _encode(self, split: str, read: SplitRecords, bound: BoundTask, tokenizer: Tokenizer) -> ExampleFacts:
         writer = ExampleWriter(self.folder, split, bound.encoder.features)
-        workers = max(1, min(self.workers, read.bytes // FEWEST_BYTES_PER_WORKER))
         tally, number = Tally(), 0
+        batches = _batches(stored_records(self.folder, split))
         try:
-            for records, results in encode_all(bound.encoder, _batches(stored_records(self.folder, split)), workers):
+            for records, results in encode_all(bound.encoder, batches, self.workers, read.records):
                 fault_point("examples.encode", split=split, number=number)
                 for record, result in zip(records, results, strict=True):
                     self._keep(writer, tally, number, record["where"], result)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import pickle
 import queue
@@ -17,8 +18,9 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,9 @@ __all__ = ["Refusal", "encode_all", "encode_batch", "portable"]
 
 Record = Mapping[str, Any]
 BATCH_RECORDS = 256
+TIMED_BATCHES = 2
+# Work that is not worth other processes: each imports the task, and torch with it, which takes seconds by itself.
+WORTH_SECONDS = 12.0
 
 _HEAD = struct.Struct("<Q")
 _MAIN = "from trainwright.data.examples.encoding import worker_main; worker_main()"
@@ -76,10 +81,22 @@ class _NoMain(pickle.Unpickler):
 
 
 def encode_all(
-    encoder: ExampleEncoder, batches: Iterable[Sequence[Record]], workers: int
+    encoder: ExampleEncoder, batches: Iterator[Sequence[Record]], workers: int, records: int
 ) -> Iterator[tuple[Sequence[Record], list[Result]]]:
-    """Batches and what their records become, in order; at most two batches a worker are in flight."""
-    content = portable(encoder) if workers > 1 else None
+    """Batches and what their records become, in order; at most two batches a worker are in flight.
+
+    The first batches are encoded here and timed; workers are started for the rest where that would take long.
+
+    Args:
+        workers: processes at most.
+        records: of all batches together.
+    """
+    began, done = time.perf_counter(), 0
+    for batch in itertools.islice(batches, TIMED_BATCHES):
+        yield batch, encode_batch(encoder, batch)
+        done += len(batch)
+    left = (time.perf_counter() - began) * (records - done) / max(done, 1)
+    content = portable(encoder) if workers > 1 and left > WORTH_SECONDS else None
     if content is None:
         for batch in batches:
             yield batch, encode_batch(encoder, batch)

@@ -29,8 +29,6 @@ REPORT_EVERY = 4096  # records
 class SplitRecords:
     """What was read for a split."""
 
-    bytes: int = 0
-    """Of the stored records."""
     groups: list[tuple[str, float | None, int]] = field(default_factory=list)
     """Name, weight and number of records of every source."""
     skipped: Problems = field(default_factory=Problems)
@@ -98,7 +96,6 @@ class Intake:
             lines.finish()
         finally:
             lines.close()
-        found.bytes = lines.ends[-1]
 
     def _lines(self, source: SourceSpec, skipped: Problems, done: int) -> Iterator[tuple[bytes, str]]:
         """Each record of a source as it is stored, and its key."""
@@ -153,7 +150,6 @@ class Intake:
             train.groups.append((source.label, source.weight if self.spec.weighted else None, kept))
             held.groups.append((source.label, None, count - kept))
             begin += count
-        train.bytes, held.bytes = writers["train"].ends[-1], writers["validation"].ends[-1]
 
 
 def stored_records(folder: Path, split: str) -> Iterator[Mapping[str, Any]]:
