@@ -61,6 +61,8 @@ class TrainSection(Section):
     """How often the validation loss is taken."""
     eval_tokens: Annotated[Count | Literal["auto", "all"], Unit(("auto", "all"), Count, minimum=1)] = "auto"
     """Validation tokens of one evaluation, always the same ones."""
+    eval_answers: Annotated[int | Literal["all"], Whole(("all",), minimum=0)] = 32
+    """Records that an evaluation during training writes answers for, where the task writes; the end has all."""
     seed: Annotated[int, Whole()] = 0
     """Seeds initialisation, order of rows and dropout."""
     compile: Annotated[bool | Auto, Truth(("auto",))] = "auto"

@@ -90,9 +90,14 @@ class Task(Protocol):
     `head`: what stands on the model's trunk in place of its language-model head; None keeps that.
     """
 
-    name: str
-    best: Metric
-    head: HeadSpec | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def best(self) -> Metric: ...
+
+    @property
+    def head(self) -> HeadSpec | None: ...
 
     def loss(self, model: Any, batch: Batch) -> LossOutput: ...
 

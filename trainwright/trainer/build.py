@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from trainwright.base.errors import ConfigError
+from trainwright.base.events import emit
 from trainwright.base.units import Duration
 from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks
@@ -29,7 +30,9 @@ from trainwright.engine.materialise import Values, materialise
 from trainwright.engine.names import optimized_parameters
 from trainwright.memory import place_state
 from trainwright.models import build_model
+from trainwright.models.adapters import adapter_options, adapter_values, apply_adapter
 from trainwright.models.backbone import Backbone
+from trainwright.models.embedding_noise import attach_embedding_noise
 from trainwright.models.importing import Pretrained
 from trainwright.models.initialise import initial_values
 from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
@@ -62,12 +65,18 @@ def build(
     tokenizer = load_tokenizer(settled.dataset.tokenizer_folder)
     task = make_task(recipe, settled.dataset, tokenizer)
     model = _build_model(settled, policy)
+    values = _values(settled)
+    if recipe.adapter is not None:
+        report = apply_adapter(model, adapter_options(recipe.adapter, policy.compute_dtype), seed=recipe.train.seed)
+        values = adapter_values(report.linears, values, seed=recipe.train.seed)
+        emit("notice", message=str(report))
     mesh = make_mesh(plan.layout, ranks)
     sections = Sections(recipe.precision, recipe.parallel, recipe.comm, recipe.memory)
     divided = divide(model, mesh, policy, sections, compiled=bool(recipe.train.compile))
     data_parallel = divided.data_parallel
     stack.callback(data_parallel.close)
-    materialise(model, settled.device, _values(settled))
+    materialise(model, settled.device, values)
+    noise = None if recipe.train.neftune_alpha is None else attach_embedding_noise(model, recipe.train.neftune_alpha)
     optimizer = build_optimizer(
         optimized_parameters(model),
         optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed),
@@ -126,10 +135,12 @@ def build(
         folder=entered.folder,
         ranks=ranks,
         device=settled.device,
+        pretrained=settled.pretrained,
         dataset=settled.dataset,
         tokenizer=tokenizer,
         task=task,
         engine=engine,
+        noise=noise,
         loader=loader,
         checkpointer=checkpointer,
         spikes=SpikeGuard(_spike_options(recipe)),

@@ -12,6 +12,7 @@ from trainwright.checkpoint import latest, list_checkpoints
 from trainwright.data import Tokenizer, load_tokenizer
 from trainwright.engine import readable_weights
 from trainwright.inference.export_checkpoint import export_checkpoint
+from trainwright.models.adapters import adapter_report, merged_source, save_adapter
 from trainwright.models.exporting import save_weights
 from trainwright.models.rewriting import rewrite_folder
 from trainwright.trainer.run import Run
@@ -21,9 +22,16 @@ __all__ = ["export_model", "export_run"]
 
 
 def export_model(run: Run) -> Path:
-    """Write `model/` of a run that has ended: averaged weights where there are any, else the last ones."""
+    """Write `model/` of a run that has ended: averaged weights where there are any, else the last ones.
+
+    Adapters go to `adapter/` in peft's format, and are merged into the weights of `model/`.
+    """
     folder = run.folder.model
+    adapters = adapter_report(run.engine.model)
     with run.engine.averaged(), readable_weights(run.engine) as source:
+        if source is not None and adapters is not None:
+            save_adapter(run.engine.model, run.folder.adapter, source=source, base=run.pretrained)
+            source = merged_source(adapters, source)
         if source is not None:
             # The tokenizer first: a folder with config.json and weights is complete.
             folder.mkdir(parents=True, exist_ok=True)

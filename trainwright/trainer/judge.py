@@ -87,7 +87,7 @@ def judge(
         if not first_decides(ranks, lambda: whole is not None and bool(whole.rows)):
             return None
         return _judgement(ranks, lambda: _report(task, dataset, split, whole or Outputs()))
-    if writer is None:
+    if writer is None or limit == 0:
         return None
     records = dataset.records_of(split)
     chosen = [records[index] for index in spread(len(records), limit)]

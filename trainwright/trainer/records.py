@@ -10,6 +10,7 @@ from dataclasses import asdict
 from trainwright.base.events import emit
 from trainwright.base.text import human_bytes, human_count, human_duration
 from trainwright.config import MonitorSection
+from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.monitor import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from trainwright.trainer.resume import Entered
 from trainwright.trainer.run import Run
@@ -112,7 +113,7 @@ def _last_words(run: Run, status: str) -> str:
         )
         + f", peak memory {human_bytes(measured['memory_bytes'])}"
     ]
-    if run.last_evaluation is not None:
+    if run.last_evaluation is not None and not run.last_evaluation.metrics:
         against = ", ".join(f"{name} {loss:.3f}" for name, loss in run.baselines.items())
         lines.append(
             f"validation loss {run.last_evaluation.loss:.4f}"
@@ -120,13 +121,27 @@ def _last_words(run: Run, status: str) -> str:
         )
     lines.append(f"run folder: {folder}")
     if status == "finished":
-        lines += [
-            "next:",
-            f"  trainwright generate {folder} --prompt 'def '",
-            f"  trainwright runs show {folder.name}",
-            "  trainwright train YOUR_RECIPE.yaml data.source=YOUR_FILES",
-        ]
+        lines += ["next:", *_next_commands(run)]
     return "\n".join(lines)
+
+
+def _next_commands(run: Run) -> list[str]:
+    folder = run.folder.path
+    task = run.recipe.task.name
+    if task == "sft":
+        used = [f"  trainwright chat {folder}", f"  trainwright eval {folder} --split validation"]
+    elif isinstance(run.dataset, ExampleDataset):
+        split = "test" if "test" in run.dataset.splits else "validation"
+        used = [f"  trainwright predict {folder} YOUR_FILE", f"  trainwright eval {folder} --split {split}"]
+    elif task == "causal_lm":
+        used = [f"  trainwright generate {folder} --prompt 'def '"]
+    else:
+        used = [f"  trainwright train YOUR_TASK.yaml model.path={run.folder.model}"]
+    return [
+        *used,
+        f"  trainwright runs show {folder.name}",
+        "  trainwright train YOUR_RECIPE.yaml data.source=YOUR_FILES",
+    ]
 
 
 def _now() -> str:

@@ -24,6 +24,8 @@ from trainwright.data.examples.checks import check_trainable
 from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.engine import Engine
 from trainwright.launch import Heartbeat
+from trainwright.models.embedding_noise import EmbeddingNoise
+from trainwright.models.adapters import adapter_report
 from trainwright.models.fields import config_fields
 from trainwright.monitor import ThroughputMeter
 from trainwright.optim import SpikeGuard
@@ -54,6 +56,7 @@ class Run:
     folder: RunFolder
     ranks: Ranks
     device: torch.device
+    pretrained: str | None
     dataset: Dataset
     tokenizer: Tokenizer
     task: Task
@@ -72,6 +75,7 @@ class Run:
     save_wanted: bool = False
     diverged: str | None = None
     heartbeat: Heartbeat | None = None
+    noise: EmbeddingNoise | None = None
     meter: ThroughputMeter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -203,6 +207,9 @@ class Run:
             "tokens": self.state.tokens,
             "validation_loss": self.last_evaluation.loss if self.last_evaluation else None,
         }
+        adapters = adapter_report(self.engine.model)
+        if adapters is not None:
+            meta["adapter"] = adapters.to_fields()
         self.beat("save")
         self.save_wanted = False
         self.state.seconds = self.ranks.broadcast_json(self.state.seconds)  # what is saved is the same on all ranks

@@ -9,6 +9,7 @@ runs/NAME/
     checkpoints/step-N/    resumable state
     tokenizer/             the tokenizer, so that checkpoints are usable without the dataset
     model/                 the trained model as a Hugging Face folder
+    adapter/               trained adapters in peft's format, where `adapter` trains one; model/ has them merged
     report.json            the task's metrics on the validation and test rows, at the end
     reports/               the same in full: SPLIT.txt, SPLIT.json, SPLIT-errors.jsonl, SPLIT-confusion.svg
 """
@@ -70,6 +71,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
 
     @property
     def report(self) -> Path:

@@ -13,6 +13,7 @@ from trainwright.config.tasks import TASKS, CausalLMSection, MaskedLMSection, Ta
 from trainwright.data import TokenDataset, Tokenizer
 from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.tasks import CausalLM, Task
+from trainwright.tasks.masked_lm import MaskedLM
 from trainwright.tasks.registry import DEFINITIONS
 from trainwright.tasks.task import TaskDefinition
 from trainwright.trainer.run_folder import write_json
@@ -44,8 +45,6 @@ def make_task(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer) -> Task:
     if isinstance(section, CausalLMSection):
         return CausalLM(label_smoothing=section.label_smoothing, z_loss=section.z_loss, compiled=compiled)
     if isinstance(section, MaskedLMSection):
-        from trainwright.tasks.masked_lm import MaskedLM
-
         return MaskedLM(section, tokenizer, seed=recipe.train.seed, compiled=compiled)
     definition = define_task(section, recipe.data.sequence_length)
     assert definition is not None

@@ -164,6 +164,8 @@ class Trainer:
         torch.manual_seed(derive_seed(run.recipe.train.seed, "step", run.state.step, run.ranks.rank))
         engine = run.engine
         own = {key: value.to(run.device) for key, value in batch.items()}
+        if run.noise is not None:
+            run.noise.see(own, *engine.data_parallel.mesh.rows)
         seed = derive_seed(run.recipe.train.seed, "dropout", run.state.step)
         engine.forward_backward(run.task.loss, own, micro_rows=run.plan.micro_rows, seed=seed)
         if fault_point("step.after_backward", step=run.state.step) == "nan":

@@ -16,8 +16,8 @@ from trainwright.trainer.writing import engine_writer
 
 __all__ = ["final_reports", "validate"]
 
-WRITTEN_RECORDS = 64
-"""Records that a task writes answers for at an evaluation during training; all of them at the end."""
+WRITTEN_TOGETHER = 32
+"""Answers of one batch at least: a token for many costs little more than one for few."""
 
 
 def validate(run: Run, split: str = "validation", *, whole: bool = False) -> Evaluation:
@@ -32,7 +32,8 @@ def validate(run: Run, split: str = "validation", *, whole: bool = False) -> Eva
         return evaluate(run.engine, run.task, batches)
     outputs = Outputs()
     result = evaluate(run.engine, run.task, batches, outputs=outputs)
-    limit = None if whole else WRITTEN_RECORDS
+    answers = run.recipe.train.eval_answers
+    limit = None if whole or answers == "all" else answers
     judgement = judge(run.task, dataset, split, outputs, run.ranks, writer=_writer(run), limit=limit)
     if judgement is None:
         return result
@@ -44,7 +45,7 @@ def _writer(run: Run) -> Writer | None:
     layout = run.plan.layout
     if layout.pipeline.stages > 1 or layout.tensor > 1 or layout.context > 1:
         return None
-    return engine_writer(run.engine, rows=run.plan.micro_rows, beat=lambda: run.beat("evaluate"))
+    return engine_writer(run.engine, rows=max(run.plan.micro_rows, WRITTEN_TOGETHER), beat=lambda: run.beat("evaluate"))
 
 
 def final_reports(run: Run) -> None:

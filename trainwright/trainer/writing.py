@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from trainwright.engine import Engine
+from trainwright.inference.write import write
 from trainwright.tasks.task import GeneratingTask
 from trainwright.trainer.judge import Writer
 
@@ -24,8 +25,6 @@ def engine_writer(engine: Engine, *, rows: int, beat: Callable[[], None] = lambd
     """
 
     def answers(prompts: list[list[int]], task: GeneratingTask) -> list[list[int]]:
-        from trainwright.inference.write import write
-
         model = engine.model
         was_training = model.training
         model.eval()
