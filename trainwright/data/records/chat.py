@@ -56,7 +56,10 @@ def _refuse_preference(row: Mapping[str, Any]) -> None:
 def _alpaca(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     messages = _system(row, columns)
     history = columns.find(row, "history")
-    for turn in [] if history is ABSENT or history is None else history:
+    history = [] if history is ABSENT or history is None or history == "" else history
+    if not isinstance(history, list):
+        raise Unusable("bad-history", f"column 'history' is {describe(history)}; expected [question, answer] pairs")
+    for turn in history:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise Unusable("bad-history", f"column 'history' holds {describe(turn)}; expected [question, answer] pairs")
         messages += [message("user", as_text(turn[0], "history")), message("assistant", as_text(turn[1], "history"))]

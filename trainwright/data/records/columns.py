@@ -10,7 +10,7 @@ from trainwright.base.text import did_you_mean, nearest
 from trainwright.data.documents import fields_seen
 from trainwright.data.records.record import SHAPES, Shape, Unusable
 
-__all__ = ["ABSENT", "Columns", "as_text", "check_columns", "describe", "suggestion"]
+__all__ = ["ABSENT", "Columns", "as_text", "check_columns", "check_unicode", "describe", "suggestion"]
 
 ABSENT: Any = object()
 """What `Columns.find` gives for a column that the row does not have."""
@@ -114,16 +114,28 @@ def as_text(value: Any, column: str) -> str:
             f"column {column!r} is {describe(value)}; expected text",
             f"name another column: data.columns: {{{column}: ...}}, or mend the data",
         )
-    if not value.isascii():
+    check_unicode(value, f"column {column!r}")
+    return value
+
+
+def check_unicode(value: Any, what: str) -> None:
+    """Raise Unusable where a value, or one inside it, is half of a surrogate pair: JSON can spell it, UTF-8 cannot."""
+    if isinstance(value, str):
+        if value.isascii():
+            return
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             code = f"U+{ord(value[error.start]):04X}"
-            raise Unusable(
-                "invalid-unicode",
-                f"column {column!r} has a lone surrogate {code} at character {error.start}, which is not text",
-            ) from error
-    return value
+            message = f"{what} has a lone surrogate {code} at character {error.start}, which is not text"
+            raise Unusable("invalid-unicode", message) from error
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_unicode(key, what)
+            check_unicode(item, what)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_unicode(item, what)
 
 
 def describe(value: Any) -> str:

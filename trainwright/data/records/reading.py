@@ -13,7 +13,7 @@ from typing import Any
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.text import did_you_mean
 from trainwright.data.documents import OnError, Policy, Problems, Shard, SourceSpec, fields_seen
-from trainwright.data.records.columns import Columns, check_columns, suggestion
+from trainwright.data.records.columns import Columns, check_columns, check_unicode, suggestion
 from trainwright.data.records.formats import CONTAINERS, FORMATS
 from trainwright.data.records.opened import Format, Opened, Options, checked_encoding, naming_encoding
 from trainwright.data.records.parallel import is_parallel, read_parallel
@@ -97,6 +97,11 @@ def read_file(shard: Shard, shape: Shape, options: Options, policy: Policy) -> I
         opened, chosen = _choose(Opened(shard, shape, options, policy))
         if chosen is not None:
             for record in chosen.read(opened):
+                try:
+                    check_unicode(record.fields, "the record")
+                except Unusable as error:
+                    opened.report(record.where, error)
+                    continue
                 empty = False
                 yield record
         else:
@@ -124,7 +129,8 @@ def _choose(opened: Opened) -> tuple[Opened, Format | None]:
     if options.format in CONTAINERS:
         opened = replace(opened, shard=replace(opened.shard, format=options.format))
     elif opened.shard.format == "text":
-        opened = replace(opened, shard=replace(opened.shard, format=_sniffed(opened)))
+        table = named is not None and named.level == "cells"
+        opened = replace(opened, shard=replace(opened.shard, format="tsv" if table else _sniffed(opened)))
     if named is not None and named.level == "lines":
         return opened, named
     # a table of words and tags is a CoNLL file, and SemEval's sentences are numbered; others are told by their columns
@@ -275,7 +281,10 @@ def _key(shape: Shape) -> str:
 
 def _fix(shape: Shape, row: Mapping[str, Any] | None = None) -> str:
     if row is None:
-        return f"name it: data.format: {next(one for one in FORMATS[shape.name].values() if one.level == 'lines').name}"
+        lined = [one.name for one in FORMATS[shape.name].values() if one.level == "lines"]
+        if shape.name == "pair":
+            return "name both files (train.{de,en}), or say what the file is: data.format: tsv, jsonl, json or csv"
+        return f"say what it is: data.format: {' or '.join(lined or CONTAINERS)}"
     columns = Columns(shape, {})
     missing = next((key for key in shape.needs if key != "id" and not columns.has(row, key)), _key(shape))
     return suggestion(missing, row, *shape.columns.get(missing, ()))

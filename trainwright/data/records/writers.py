@@ -66,7 +66,7 @@ def flat_row(row: Mapping[str, Any]) -> dict[str, str | int | float]:
     for key, value in row.items():
         if key == "negatives":
             flat.update({f"negative_{number}": text for number, text in enumerate(value, start=1)})
-        elif key in ("tokens", "tags") and not any(" " in word or "\t" in word for word in value):
+        elif key in ("tokens", "tags") and all(isinstance(word, str) and not set(word) & set(" \t") for word in value):
             flat[key] = " ".join(value)
         elif key == "label" and isinstance(value, list):
             flat[key] = json.dumps(value, ensure_ascii=False)
