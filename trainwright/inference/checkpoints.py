@@ -8,7 +8,9 @@ import torch
 
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint import load_checkpoint
+from trainwright.inference.adapter_checkpoints import adapters_in
 from trainwright.models import build_model, kept_tensors
+from trainwright.models.adapters import merge_adapter
 from trainwright.models.backbone import Backbone
 from trainwright.models.fields import config_from_fields
 
@@ -16,7 +18,8 @@ __all__ = ["load_checkpointed_model"]
 
 
 def load_checkpointed_model(path: Path, *, dtype: torch.dtype | None = None) -> Backbone:
-    """The model of a checkpoint folder, on the CPU in evaluation mode; averaged weights where there are any.
+    """The model of a checkpoint folder, on the CPU in evaluation mode; averaged weights where there are any, and
+    adapters merged into the weights that they stand beside.
 
     dtype: None keeps that of the trained weights.
 
@@ -30,8 +33,10 @@ def load_checkpointed_model(path: Path, *, dtype: torch.dtype | None = None) -> 
         raise CheckpointError(f"{path} holds no model ({error.args[0]!r} is missing)") from error
     # Of parameters: buffers are made in the type that they need.
     trained_dtype = next(iter(weights.values())).dtype
-    weights.update(state["engine"].get("ema", {}).get("averages", {}))
     model = build_model(config, device="meta", dtype=dtype or trained_dtype)
+    report = adapters_in(meta, weights, model, path)
+    averages = state["engine"].get("ema", {}).get("averages", {})
+    weights.update({name: value for name, value in averages.items() if report is None or not report.is_frozen(name)})
     model.to_empty(device="cpu")
     model.tie_weights()
     with torch.no_grad():
@@ -39,4 +44,6 @@ def load_checkpointed_model(path: Path, *, dtype: torch.dtype | None = None) -> 
             if name not in weights or weights[name].shape != parameter.shape:
                 raise CheckpointError(f"{path}: {name} is missing or not of shape {list(parameter.shape)}")
             parameter.copy_(weights[name])
+    if report is not None:
+        merge_adapter(model)
     return model.eval()

@@ -15,7 +15,9 @@ import torch
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint import CheckpointReader
 from trainwright.checkpoint.tensors import torch_dtype
+from trainwright.inference.adapter_checkpoints import adapters_in
 from trainwright.models import build_model, kept_tensors
+from trainwright.models.adapters import merged_source
 from trainwright.models.exporting import WeightSource, save_weights
 from trainwright.models.fields import config_from_fields
 from trainwright.models.registry import ModelConfig
@@ -32,7 +34,8 @@ def export_checkpoint(
     generation: Mapping[str, Any] | None = None,
     add: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write the model of a checkpoint as safetensors with config.json; averaged weights where there are any.
+    """Write the model of a checkpoint as safetensors with config.json; averaged weights where there are any, and
+    adapters merged into the weights that they stand beside.
 
     Reads, checks and writes a piece of one tensor at a time (a whole one where the file has it transposed or in another
     order). Everything goes into a folder beside `destination`, which gets its name when it is complete.
@@ -78,9 +81,12 @@ def _model_in(reader: CheckpointReader) -> tuple[ModelConfig, WeightSource]:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{reader.path} holds no model ({error.args[0]!r} is missing)") from error
     trained = dict(stored)
-    stored.update(names["engine"].get("ema", {}).get("averages", {}))
+    model = build_model(config, device="meta")
+    report = adapters_in(reader.meta, stored, model, reader.path)
+    averages = names["engine"].get("ema", {}).get("averages", {})
+    stored.update({name: at for name, at in averages.items() if report is None or not report.is_frozen(name)})
     entries, dtypes = {}, {}
-    for name, parameter in kept_tensors(build_model(config, device="meta")).items():
+    for name, parameter in kept_tensors(model).items():
         entry = reader.manifest.tensors.get(str(stored.get(name)))
         if entry is None or entry.shape != tuple(parameter.shape):
             raise CheckpointError(f"{reader.path}: {name} is missing or not of shape {list(parameter.shape)}")
@@ -92,4 +98,5 @@ def _model_in(reader: CheckpointReader) -> tuple[ModelConfig, WeightSource]:
         shape = entries[name].shape
         return reader.read_box(stored[name], (first, *(0 for _ in shape[1:])), (rows, *shape[1:]))
 
-    return config, WeightSource({name: entry.shape for name, entry in entries.items()}, dtypes, read)
+    source = WeightSource({name: entry.shape for name, entry in entries.items()}, dtypes, read)
+    return config, source if report is None else merged_source(report, source)

@@ -112,7 +112,7 @@ def save_peft_method(
         found |= {name: state[name] for p in head.parameters() if (name := names[id(p)]) in state}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made = model.peft_config[_NAME]  # type: ignore[index,union-attr]
+    made: Any = model.__dict__["peft_config"][_NAME]
     values = {**made.to_dict(), "base_model_name_or_path": base, "inference_mode": True}
     values["peft_type"] = str(getattr(values["peft_type"], "value", values["peft_type"]))
     text = json.dumps(values, indent=2, ensure_ascii=False, default=lambda value: sorted(value)) + "\n"
