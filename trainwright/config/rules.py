@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainwright.config.data_section import TrainCharacters
+from trainwright.config.data_section import TrainCharacters, TrainWordPiece, TrainWords
 from trainwright.config.model_section import ModelFromFolder, ModelFromHub
 
 if TYPE_CHECKING:
@@ -33,11 +33,12 @@ def apply_rules(loaded: LoadedRecipe) -> LoadedRecipe:
             "best_fit puts several documents in a row" if shared else f"packing is {recipe.data.packing}",
         )
     if recipe.data.append_eos == "auto":
-        characters = isinstance(recipe.data.tokenizer, TrainCharacters)
-        updates["data.append_eos"] = (
-            not characters,
-            "a character tokenizer has no end-of-text token" if characters else "the model learns where texts end",
-        )
+        why_not = None
+        if isinstance(recipe.data.tokenizer, TrainCharacters):
+            why_not = "a character tokenizer has no end-of-text token"
+        elif recipe.task.name == "masked_lm" or isinstance(recipe.data.tokenizer, TrainWordPiece | TrainWords):
+            why_not = "texts end with [SEP], where their task wants it"
+        updates["data.append_eos"] = (why_not is None, why_not or "the model learns where texts end")
     return loaded.resolve(updates) if updates else loaded
 
 
