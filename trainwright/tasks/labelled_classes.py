@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainwright.base.errors import ConfigError
 from trainwright.data.dataset import IGNORE
 from trainwright.tasks.labelled_loss import (
     auxiliary,
@@ -54,6 +55,8 @@ class ClassObjective:
             return LossOutput(losses.sum() + auxiliary(model, known, tokens), known.sum())
         doubled = twice(model, batch)
         scores = model.scores(doubled)
+        if len(scores) != 2 * len(labels):  # a part of a pipeline got the rows once from the part before
+            raise ConfigError("task.r_drop reads rows twice, and this model cannot", hint="write task.r_drop: 0")
         losses = 0.5 * self._losses(scores, doubled["labels"]).sum()
         first, second = scores.chunk(2)
         apart = torch.where(known, self._distance(first, second), 0.0).sum()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainwright.data.dataset import IGNORE
+from trainwright.models.embedding_noise import SECOND_PASS
 
 __all__ = [
     "auxiliary",
@@ -24,9 +25,6 @@ __all__ = [
     "number_losses",
     "twice",
 ]
-
-SECOND_ROWS = 1 << 40
-"""Added to the numbers of rows for their second dropout: beyond any batch."""
 
 
 def class_losses(
@@ -97,9 +95,11 @@ def twice(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Where dropout goes by the numbers of rows, the second ones get numbers of their own.
     """
-    place = getattr(model, "dropout_place", None)  # models of other libraries draw from torch's generator
-    if place is not None and place.rows is not None:
-        model.set_dropout(seed=place.seed, rows=torch.cat((place.rows, place.rows + SECOND_ROWS)))
+    place = getattr(model, "dropout_place", None)
+    if place is None:  # a model of transformers: everything is drawn from torch's generator
+        model.set_dropout(seed=None, rows=None)
+    elif place.rows is not None:
+        model.set_dropout(seed=place.seed, rows=torch.cat((place.rows, place.rows + SECOND_PASS)))
     return {name: torch.cat((value, value)) for name, value in batch.items()}
 
 

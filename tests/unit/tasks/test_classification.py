@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,68 @@ def test_the_second_dropout_of_a_row_has_a_number_of_its_own() -> None:
     assert seed == 11
     assert rows[:2] == [3, 4]
     assert len(set(rows)) == 4
+
+
+def test_models_of_transformers_draw_everything_from_torchs_generator(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from trainwright.models.attach import attach_head
+    from trainwright.models.embedding_noise import attach_embedding_noise
+    from trainwright.models.importing import load_pretrained
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ElectraConfig(vocab_size=TOKENIZER.vocab_size, embedding_size=16, **sizes)
+    transformers.ElectraForMaskedLM(config).save_pretrained(tmp_path)
+    task = bind(REVIEWS, r_drop=0.7)
+    model: Any = attach_head(load_pretrained(tmp_path), task.head)  # type: ignore[arg-type]
+    attach_embedding_noise(model.train(), 5.0)
+    examples, _, _ = encode_all(task.encoder, REVIEWS)
+    model.set_dropout(seed=3, rows=torch.arange(6))
+    output = task.loss(model, collate(task.encoder.features, examples))
+    assert torch.isfinite(output.loss_sum)
+
+
+@pytest.mark.parametrize("noise", [None, 5.0])
+def test_r_drop_of_a_real_model_does_not_depend_on_how_rows_are_dealt(noise: float | None) -> None:
+    """Dropout, and noise on embeddings, go by the numbers of rows: two micro-batches draw what one batch draws."""
+    from trainwright.models import build_model
+    from trainwright.models.attach import attach_head
+    from trainwright.models.embedding_noise import attach_embedding_noise
+    from trainwright.models.fields import config_from_fields
+
+    task = bind(REVIEWS, r_drop=0.7)
+    assert task.head is not None
+    sizes = {"vocab_size": TOKENIZER.vocab_size, "hidden_size": 16, "intermediate_size": 32, "num_layers": 1}
+    fields = {"family": "bert", "num_heads": 2, "max_position_embeddings": 16, **sizes}
+    model: Any = attach_head(build_model(config_from_fields(fields)), task.head).train()
+    listener = None if noise is None else attach_embedding_noise(model, noise)
+    examples, _, _ = encode_all(task.encoder, REVIEWS)
+    batch = collate(task.encoder.features, examples)
+    if listener is not None:
+        listener.see(batch)
+
+    def sums(first: int, last: int) -> float:
+        model.set_dropout(seed=3, rows=torch.arange(first, last))
+        return float(task.loss(model, {name: value[first:last] for name, value in batch.items()}).loss_sum.detach())
+
+    whole = sums(0, 6)
+    assert sums(0, 2) + sums(2, 6) == pytest.approx(whole, rel=1e-5)
+    plain = bind(REVIEWS)
+    model.set_dropout(seed=3, rows=torch.arange(6))
+    assert float(plain.loss(model, batch).loss_sum.detach()) != pytest.approx(whole, rel=1e-4)
+
+
+def test_r_drop_is_refused_where_rows_come_once() -> None:
+    task = bind(REVIEWS, r_drop=0.7)
+    examples, _, _ = encode_all(task.encoder, REVIEWS)
+
+    class Part:
+        dropout_place = placed(1, None)  # type: ignore[arg-type]
+
+        def scores(self, batch: Any) -> torch.Tensor:
+            return torch.zeros(len(REVIEWS), 2)
+
+    with pytest.raises(ConfigError, match="reads rows twice"):
+        task.loss(Part(), collate(task.encoder.features, examples))
 
 
 @pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression"])
