@@ -25,8 +25,8 @@ def estimate_data(spec: BuildSpec) -> DataFacts:
             size += (shard.size or 0) * (COMPRESSION if shard.compression else 1.0)
     tokenizer = spec.tokenizer
     if isinstance(tokenizer, TrainTokenizer):
-        vocab_size = tokenizer.vocab_size if tokenizer.kind == "bpe" else CHARACTERS
-        tokens = size / (BYTES_PER_TOKEN if tokenizer.kind == "bpe" else 1.0)
+        vocab_size = tokenizer.vocab_size if tokenizer.kind != "char" else CHARACTERS
+        tokens = size / (BYTES_PER_TOKEN if tokenizer.kind != "char" else 1.0)
     else:
         loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         vocab_size, tokens = loaded.vocab_size, size / BYTES_PER_TOKEN
