@@ -25,6 +25,7 @@ from trainwright.models.adapters import (
     merge_adapter,
     merged_source,
     save_adapter,
+    saved_values,
 )
 from trainwright.models.adapters.nf4 import BLOCK, dequantise, nf4_bytes, quantise
 from trainwright.models.adapters.saving import source_of
@@ -205,6 +206,28 @@ def test_saved_and_loaded_is_the_same_and_what_does_not_fit_is_named(tmp_path: P
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match="has no adapter_model"):
         load_adapter(llama(), tmp_path / "adapter")
+
+
+def test_a_model_goes_on_from_a_folder(tmp_path: Path) -> None:
+    trained = llama()
+    apply_adapter(trained, AdapterOptions(rank=4))
+    disturb(trained)
+    save_adapter(trained, tmp_path)
+    config = LlamaConfig(**tiny_llama_config(vocab_size=96))
+    model = build_model(config, device="meta")
+    report = apply_adapter(model, AdapterOptions(rank=4))
+    saved = saved_values(model, tmp_path)
+    materialise(model, "cpu", adapter_values(report.linears, initial_values(config, 1), seed=0, saved=saved))
+    assert torch.equal(model(ids()), trained(ids()))
+    for other in (AdapterOptions(rank=8), AdapterOptions(name="rslora", rank=4), AdapterOptions(rank=4, alpha=1.0)):
+        model = build_model(config, device="meta")
+        apply_adapter(model, other)
+        with pytest.raises(ModelError, match="expected"):
+            saved_values(model, tmp_path)
+    model = build_model(config, device="meta")
+    apply_adapter(model, AdapterOptions(rank=4, targets=("q_proj",)))
+    with pytest.raises(ModelError, match="not of this model"):
+        saved_values(model, tmp_path)
 
 
 # --- 4 bits ---

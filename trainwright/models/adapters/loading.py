@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
-from trainwright.models.adapters.apply import AdapterReport, apply_adapter
+from trainwright.models.adapters.apply import AdapterReport, adapter_report, apply_adapter
 from trainwright.models.adapters.linear import ADAPTER_LEAVES
 from trainwright.models.adapters.names import PREFIX, FileNames
 from trainwright.models.adapters.options import AdapterOptions, Base
@@ -24,7 +24,7 @@ from trainwright.models.fields import config_from_fields
 from trainwright.models.importing import read_json
 from trainwright.models.registry import ModelConfig
 
-__all__ = ["SavedAdapter", "is_adapter_folder", "load_adapter"]
+__all__ = ["SavedAdapter", "is_adapter_folder", "load_adapter", "saved_values"]
 
 _SHOWN = 6
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "eva")
@@ -236,3 +236,28 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base: Base = "as_is") 
         for name, value in values.items():
             parameters[name].copy_(value)
     return report
+
+
+def saved_values(model: nn.Module, folder: str | Path) -> Mapping[str, Tensor]:
+    """Values of a folder of adapters by name, for `adapter_values(saved=...)`: a model with adapters goes on from them.
+
+    Args:
+        model: with adapters, whole or on the meta device, not divided yet.
+
+    Raises:
+        ModelError: the folder's adapters are of another method, or not beside the same linears.
+    """
+    report = adapter_report(model)
+    if report is None:
+        raise ModelError(f"{type(model).__name__} has no adapters to give the values of {folder}")
+    saved = SavedAdapter(folder)
+    mine, theirs = report.options, saved.options()
+    for what in ("name", "rank", "alpha"):
+        if getattr(mine, what) != getattr(theirs, what):
+            raise ModelError(
+                f"the adapters in {folder} have {what} {getattr(theirs, what)}, expected {getattr(mine, what)}",
+                hint=f"set adapter.{what} to {getattr(theirs, what)}",
+            )
+    config: Any = getattr(model, "config", None)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return saved.read(report, config if hasattr(config, "family") else None, shapes)
