@@ -20,10 +20,11 @@ from torch import Tensor
 from trainwright.base.errors import DataError
 from trainwright.data.examples.example import IGNORE, Encoded, Example, ExampleEncoder, Feature
 from trainwright.data.tokenizer_core import Tokenizer
+from trainwright.models.embedding_noise import SECOND_PASS
 from trainwright.models.heads import HeadSpec
 from trainwright.tasks.contrastive import NO_TEXT, Texts, contrastive_loss, gathered
 from trainwright.tasks.labelled_frame import ENCODER_TOKENS, Frame, frame_of
-from trainwright.tasks.labelled_loss import SECOND_ROWS, auxiliary
+from trainwright.tasks.labelled_loss import auxiliary
 from trainwright.tasks.pair_encoder import shorter_text
 from trainwright.tasks.task import LossOutput, Metric, Report, Table
 from trainwright.tasks.text_metrics.retrieval import retrieval_scores
@@ -174,7 +175,7 @@ class Embedding:
         order = torch.arange(width, device=lengths.device)
         place = getattr(model, "dropout_place", None)
         if place is not None and place.rows is not None:  # texts of one record are dropped differently
-            rows = torch.cat([place.rows + SECOND_ROWS * number for number in range(len(names))])
+            rows = torch.cat([place.rows + SECOND_PASS * number for number in range(len(names))])
             model.set_dropout(seed=place.seed, rows=rows)
         stacked = {"input_ids": torch.cat(ids), "lengths": lengths, "key_mask": order[None] < lengths[:, None]}
         scores: Tensor = model.scores(stacked)
