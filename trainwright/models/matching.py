@@ -81,7 +81,8 @@ def match_tensors(model: Backbone, theirs: ModelConfig, tensors: TensorFiles, *,
     """
     config = model.config
     if config.family == "transformers":
-        return Matched(*match_names(model, tensors.shapes, tensors.read, fresh=fresh))
+        other = config.head != theirs.head
+        return Matched(*match_names(model, tensors.shapes, tensors.read, fresh=fresh, other_head=other))
     weights = family_of(config).weights
     ours = {
         name: {part.name: shape for part, shape in weights.file_shapes(config, name, value.shape).items()}

@@ -11,7 +11,14 @@ from typing import Any
 from trainwright.base.errors import ModelError
 from trainwright.models.head_files import KEY, head_from_hf
 from trainwright.models.heads import HeadSpec, check_head, head_fields
-from trainwright.models.hugging_face.library import class_for, hf_config, kind_for, make_hf_config, stored_fields
+from trainwright.models.hugging_face.library import (
+    class_for,
+    has_class,
+    hf_config,
+    kind_for,
+    make_hf_config,
+    stored_fields,
+)
 
 __all__ = ["UNLIMITED", "HuggingFaceConfig"]
 
@@ -19,6 +26,11 @@ UNLIMITED = 1 << 20
 """Positions of an architecture that computes them and names no limit."""
 
 _DROPOUT = ("dropout", "pdrop", "dropout_prob", "dropout_rate")
+_PROBLEMS = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
 _GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -115,28 +127,32 @@ class HuggingFaceConfig:
 
     def head_values(self) -> dict[str, Any]:
         """What the head writes into `config.json`."""
-        if self.head is None or self.class_kind == "encoder":
+        if self.head is None or self.head.kind in ("embedding", "entities"):
             return {}
-        labels = self.head.labels or (("0", "1") if self.head.kind == "span" else ("0",))
-        problems = {
-            "single_label": "single_label_classification",
-            "multi_label": "multi_label_classification",
-            "regression": "regression",
-        }
-        values: dict[str, Any] = {
-            "id2label": {str(number): label for number, label in enumerate(labels)},
-            "label2id": {label: number for number, label in enumerate(labels)},
-        }
+        values: dict[str, Any] = {}
+        if "classifier_dropout" in self.values:
+            values["classifier_dropout"] = self.head.dropout
+        if self.head.kind == "span":
+            return {**values, "num_labels": 2}
+        values["id2label"] = {str(number): label for number, label in enumerate(self.head.labels)}
+        values["label2id"] = {label: number for number, label in enumerate(self.head.labels)}
         if self.head.kind == "sequence":
-            values["problem_type"] = problems[self.head.problem]
+            values["problem_type"] = _PROBLEMS[self.head.problem]
         return values
 
-    @property
+    @cached_property
     def class_kind(self) -> str:
         """Of which kind the class of transformers is; heads that it has none for stand on its bare trunk."""
         if self.head is None:
             return self.kind
-        return self.head.kind if self.head.kind in ("sequence", "token", "span") else "encoder"
+        usual = self.head.kind != "sequence" or self.head.pooling == "auto"
+        if self.head.kind in ("sequence", "token", "span") and usual and has_class(self._plain, self.head.kind):
+            return self.head.kind
+        return "text_encoder" if bool(getattr(self._plain, "is_encoder_decoder", False)) else "encoder"
+
+    @property
+    def _plain(self) -> Any:
+        return hf_config(json.dumps(self.values, sort_keys=True))
 
     @property
     def model_class(self) -> type[Any]:
@@ -200,6 +216,12 @@ class HuggingFaceConfig:
         from trainwright.models.hugging_face.structure import structure
 
         return found - structure(self).first_position
+
+    @property
+    def initializer_range(self) -> float:
+        """Of a head of ours; the trunk has the rules of its architecture."""
+        found = (getattr(self._text_config, name, None) for name in ("initializer_range", "init_std"))
+        return next((float(value) for value in found if isinstance(value, float)), 0.02)
 
     @property
     def tie_embeddings(self) -> bool:

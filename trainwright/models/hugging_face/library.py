@@ -30,11 +30,15 @@ KINDS: dict[str, str] = {
     "masked_lm": "AutoModelForMaskedLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "encoder": "AutoModel",
+    "text_encoder": "AutoModelForTextEncoding",
     "sequence": "AutoModelForSequenceClassification",
     "token": "AutoModelForTokenClassification",
     "span": "AutoModelForQuestionAnswering",
 }
 """What a model is for -> the automatic class of transformers that makes it."""
+
+TRUNKS = ("encoder", "text_encoder")
+"""Kinds without any head."""
 
 _NOT_OURS = ("transformers_version", "_name_or_path", "auto_map", "torch_dtype", "dtype", "_attn_implementation")
 
@@ -115,6 +119,11 @@ def kind_for(values: Mapping[str, Any]) -> str:
     if model_type in tables["causal_lm"]:
         return "causal_lm"
     return "encoder"
+
+
+def has_class(config: Any, kind: str) -> bool:
+    """Whether the library has a class for a configuration and what the model is for."""
+    return type(config) in getattr(_library(), KINDS[kind])._model_mapping
 
 
 def class_for(config: Any, kind: str) -> type[Any]:

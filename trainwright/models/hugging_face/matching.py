@@ -21,13 +21,14 @@ _LEGACY = ((".gamma", ".weight"), (".beta", ".bias"))
 
 
 def match_names(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], *, fresh: bool
+    model: Any, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], *, fresh: bool, other_head: bool
 ) -> tuple[dict[str, str], frozenset[str], tuple[str, ...]]:
     """(name that transformers saves -> name in the files, parameters that no file has, notes for people).
 
     Args:
         shapes: of the tensors in the files.
         fresh: parameters of the head may be missing.
+        other_head: the files may have another head.
 
     Raises:
         ModelError: names all that do not fit.
@@ -69,9 +70,11 @@ def match_names(
         others = [text for text in wrong if _is_of_head(text.split(" ")[0], prefix, facts)]
         wrong = [text for text in wrong if text not in others]
         without += [text.split(" ")[0] for text in others]
+    unexpected = [key for key in unexpected if not (other_head and key == "final_logits_bias")]
     patterns = [re.compile(p) for p in (getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     unexpected = [key for key in unexpected if not any(pattern.search(key) for pattern in patterns)]
-    unused = [key for key in unexpected if is_head_tensor(key)]
+    of_trunk = _trunk_beginning(model, shapes)
+    unused = [key for key in unexpected if other_head and (is_head_tensor(key) or not key.startswith(of_trunk))]
     unexpected = [key for key in unexpected if key not in unused]
     _refuse(missing, unexpected, wrong)
     ours = frozenset(named[name][0] for name in (*without, *state))
@@ -82,6 +85,12 @@ def _trunk_prefix(model: Any) -> str:
     """What the names of the trunk begin with; empty where the model is its trunk, or has no part of that name."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     return f"{prefix}." if prefix and prefix in dict(model.named_children()) else ""
+
+
+def _trunk_beginning(model: Any, shapes: Mapping[str, Any]) -> str:
+    """What the tensors of the trunk begin with in these files; empty where nothing tells them from a head's."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return prefix if any(key.startswith(prefix) for key in shapes) else ""
 
 
 def _today(key: str, prefix: str, named: Mapping[str, Any], aliases: Mapping[str, str]) -> str | None:

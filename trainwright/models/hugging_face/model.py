@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
+from trainwright.models.heads import HeadSpec
 from trainwright.models.hugging_face.cache import HuggingFaceCache
 from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.models.hugging_face.head import Reached, Tail, projection_loss, standing_in, tail_of
+from trainwright.models.hugging_face.heads import add_own_head, head_module_of, named_scores, swap_head
 from trainwright.models.hugging_face.inputs import (
     PACKINGS,
     Packing,
@@ -25,6 +27,7 @@ from trainwright.models.hugging_face.inputs import (
     packed_inputs,
     packing_refused,
 )
+from trainwright.models.hugging_face.library import TRUNKS
 from trainwright.models.hugging_face.structure import build_module, non_persistent_buffers, structure
 from trainwright.ops.linear_cross_entropy import LossSums
 
@@ -103,7 +106,7 @@ class HuggingFaceModel(nn.Module):
             named["decoder_input_ids"] = decoder_input_ids
             if decoder_key_mask is not None:
                 named["decoder_attention_mask"] = decoder_key_mask.long()
-        elif self.config.is_encoder_decoder:
+        elif self.config.class_kind == "seq2seq":
             raise ModelError(
                 f"{type(self).__name__} reads a text and writes another: this task gives it only one",
                 hint="use a task that writes (translation, summarization, dialogue), or a decoder-only model",
@@ -153,6 +156,40 @@ class HuggingFaceModel(nn.Module):
             z_loss=z_loss,
             compiled=compiled,
         )
+
+    @property
+    def task_head(self) -> nn.Module | None:
+        """The module of the task's head (with `crf` where it has transitions); None for a language-model head."""
+        if self.config.head is None:
+            return None
+        own = self._modules.get("task_head_")
+        return own if own is not None else self.output_projection
+
+    def scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the task's head says of a batch, fp32: "sequence" and "entities" [B, L], "token" [B, T, L], "span"
+        [B, T, 2], "embedding" [B, D].
+
+        Raises:
+            ModelError: the model has no such head.
+        """
+        return self.head_scores(self.hidden_states_of(batch), batch)
+
+    def head_scores(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """`scores` from what the head is given."""
+        if self.config.head is None:
+            raise ModelError(
+                f"{type(self).__name__} has a language-model head, which gives no scores",
+                hint="attach_head(model, HeadSpec(...)) puts a task's head in its place",
+            )
+        if self.output_projection is not None:
+            return named_scores(self, hidden, batch)
+        assert self.task_head is not None
+        scores: Tensor = self.task_head(hidden, batch)
+        return scores
+
+    def attach(self, spec: HeadSpec, *, seed: int = 0) -> Any:
+        """Put the head that `spec` describes in place of the present one, in place; see `attach_head`."""
+        return swap_head(self, spec, build_hugging_face, seed=seed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits [..., V] for hidden states [..., D]."""
@@ -284,7 +321,7 @@ class HuggingFaceModel(nn.Module):
 
     def _prove(self) -> None:
         """Compare, once, what happens behind the projection with what is known of it."""
-        if self.__dict__.get("_proven") or self.__dict__.get("projection_name") is None:
+        if self.__dict__.get("_proven") or self.__dict__.get("projection_name") is None or self.config.head is not None:
             return
         self.__dict__["_proven"] = True
         words, device = self.head_weight.shape[0], self.embedding.weight.device
@@ -403,15 +440,25 @@ class HuggingFaceModel(nn.Module):
 def build_hugging_face(config: HuggingFaceConfig) -> Any:
     """The model of a configuration: parameters on the meta device, tables on the CPU."""
     model, _ = build_module(config)
-    names = {id(module): name for name, module in model.named_modules()}
-    projection = model.get_output_embeddings() if config.head is None and config.kind != "encoder" else None
-    model.__dict__["accepted"] = accepted_names(type(model))
-    model.__dict__["first_position"] = structure(config).first_position
-    model.__dict__["projection_name"] = None if projection is None else names[id(projection)]
-    model.config = config
     kind: Any = type(model)
+    model.__dict__["accepted"] = accepted_names(kind)
+    model.__dict__["first_position"] = structure(config).first_position
+    model.__dict__["projection_name"] = _projection_name(model, config)
+    model.config = config
     model.__class__ = _mixed_class(kind)
+    if config.head is not None:
+        add_own_head(model, config.head, on_trunk=config.class_kind in TRUNKS)
     return model
+
+
+def _projection_name(model: Any, config: HuggingFaceConfig) -> str | None:
+    """The module that makes logits, or the scores of a task; None on a bare trunk."""
+    if config.class_kind in TRUNKS:
+        return None
+    if config.head is not None:
+        return head_module_of(model)
+    projection = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is projection), None)
 
 
 @cache
