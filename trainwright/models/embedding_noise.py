@@ -18,11 +18,11 @@ from trainwright.models.backbone import Backbone
 from trainwright.models.dropout import DropoutPlace, Sited, join_place
 from trainwright.ops.dropout import uniform
 
-__all__ = ["SECOND_ROWS", "EmbeddingNoise", "attach_embedding_noise"]
+__all__ = ["SECOND_PASS", "EmbeddingNoise", "attach_embedding_noise"]
 
 NAME = "embedding_noise"
 
-SECOND_ROWS = 1 << 40
+SECOND_PASS = 1 << 40
 """Added to the numbers of rows that go through a model a second time in one pass (R-Drop): beyond any batch."""
 
 
@@ -70,7 +70,7 @@ class EmbeddingNoise(Sited):
         if self._lengths is None or place.rows is None:
             return torch.full_like(keys, keys.shape[1])
         first, step = self._rows
-        table = self._lengths.to(keys.device)[(place.rows % SECOND_ROWS - first) // step]
+        table = self._lengths.to(keys.device)[(place.rows % SECOND_PASS - first) // step]
         documents = place.documents
         if table.shape[1] == 1 or documents is None:
             return table[:, :1].expand(keys.shape)

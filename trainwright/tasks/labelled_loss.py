@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainwright.data.dataset import IGNORE
-from trainwright.models.embedding_noise import SECOND_ROWS
+from trainwright.models.embedding_noise import SECOND_PASS
 
 __all__ = [
-    "SECOND_ROWS",
     "auxiliary",
     "binary_distance",
     "binary_losses",
@@ -100,7 +99,7 @@ def twice(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if place is None:  # a model of transformers: everything is drawn from torch's generator
         model.set_dropout(seed=None, rows=None)
     elif place.rows is not None:
-        model.set_dropout(seed=place.seed, rows=torch.cat((place.rows, place.rows + SECOND_ROWS)))
+        model.set_dropout(seed=place.seed, rows=torch.cat((place.rows, place.rows + SECOND_PASS)))
     return {name: torch.cat((value, value)) for name, value in batch.items()}
 
 
