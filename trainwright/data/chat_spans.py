@@ -69,6 +69,7 @@ class ChatRenderer:
         self.template = template
         self.variables = dict(variables or {})
         self.has_tags = _TAG.search(template) is not None
+        self.reads_thoughts = "reasoning_content" in template
         prompt = self._or_none(_PROBE, None, add_generation_prompt=True)
         bare = self._or_none(_PROBE, None)
         known = prompt is not None and bare is not None and prompt.startswith(bare)
@@ -129,7 +130,7 @@ class ChatRenderer:
         if len(numbers) != len(spans):
             return tuple(Turn(-1, start, end) for start, end in spans)
         return tuple(
-            Turn(number, start, end, _kept(messages[number], text[start:end]))
+            Turn(number, start, end, self._kept(messages[number], text[start:end]))
             for number, (start, end) in zip(numbers, spans, strict=True)
         )
 
@@ -191,7 +192,7 @@ class ChatRenderer:
                 hint="mark what the assistant writes with {% generation %} ... {% endgeneration %} in the template, "
                 "or choose another template",
             )
-        kept = _kept(messages[number], text[start:end])
+        kept = self._kept(messages[number], text[start:end])
         if not kept and content is None and not messages[number].get("tool_calls"):
             return Turn(number, start, None, whole=False)
         return Turn(number, start, end, kept)
@@ -211,6 +212,21 @@ class ChatRenderer:
         if before is not None and text.startswith(before):
             return len(before)
         return first
+
+    def _kept(self, message: Mapping[str, Any], shown: str) -> bool:
+        """Whether all that a message says, its thoughts included where the template knows them, is shown, whatever
+        white space stands around its parts. Raises for a tool call that is not."""
+        for call in message.get("tool_calls") or ():
+            name = call["function"]["name"]
+            if name not in shown:
+                raise DataError(
+                    f"the chat template leaves out the assistant's call of {name!r}",
+                    hint="choose a template with tools, such as chatml",
+                )
+        thoughts = message.get("reasoning_content") if self.reads_thoughts else None
+        said = [_content(message), thoughts if isinstance(thoughts, str) else ""]
+        seen = "".join(shown.split())
+        return all("".join(text.split()) in seen for text in said)
 
     def _or_none(self, messages: Messages, tools: Tools, *, add_generation_prompt: bool = False) -> str | None:
         try:
@@ -280,19 +296,6 @@ def _with_marks(content: str, both: bool) -> str:
 def _positions(marked: str, mark: str) -> list[int]:
     """Where a mark stands, in characters of the text without any mark."""
     return [match.start() - number for number, match in enumerate(_MARKS.finditer(marked)) if match[0] == mark]
-
-
-def _kept(message: Mapping[str, Any], shown: str) -> bool:
-    """Whether all content of a message is shown, whatever white space stands around its parts; raises for a call that
-    is not."""
-    for call in message.get("tool_calls") or ():
-        name = call["function"]["name"]
-        if name not in shown:
-            raise DataError(
-                f"the chat template leaves out the assistant's call of {name!r}",
-                hint="choose a template with tools, such as chatml",
-            )
-    return "".join(_content(message).split()) in "".join(shown.split())
 
 
 def _tool_names(tools: Tools) -> list[str]:

@@ -131,6 +131,20 @@ def test_thoughts_that_the_template_leaves_out_of_history_are_not_unlearnt() -> 
     assert chat.encode(messages[:2]).rewritten == 0
 
 
+def test_thoughts_in_a_field_of_their_own() -> None:
+    """DeepSeek and Qwen3 files keep thoughts apart from contents; templates without them are not to blame."""
+    reading = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    chat = [{**m, "reasoning_content": "想"} if m["role"] == "assistant" else m for m in PLAIN_CHAT]
+    last = PLAIN_CHAT[3]["content"] + "<|im_end|>"
+    assert trained_of(reading, chat) == ["<think>想</think>" + last]
+    assert trained_of(CHATML_TEMPLATE, chat) == [PLAIN_CHAT[1]["content"] + "<|im_end|>", last]
+
+
 TOOL_CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": "北京的天气?"},
     {"role": "assistant", "content": "", "tool_calls": [CALL]},

@@ -65,7 +65,7 @@ def overlap(predictions: Sequence[str], references: Sequence[str | Sequence[str]
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; expected as many, and some")
     several = [[one] if isinstance(one, str) else list(one) for one in references]
     most = max(map(len, several))
-    streams = [[one[n] if n < len(one) else None for one in several] for n in range(most)]
+    streams: Any = [[one[n] if n < len(one) else None for one in several] for n in range(most)]
     bleu, chrf = BLEU(tokenize=tokenize), CHRF()
     bleu_score = bleu.corpus_score(list(predictions), streams).score
     chrf_score = chrf.corpus_score(list(predictions), streams).score
