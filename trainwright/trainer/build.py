@@ -168,9 +168,13 @@ def _build_model(settled: Settled, policy: Precision) -> Backbone:
 
 def _values(settled: Settled) -> Values:
     """Where the first weights come from; each rank reads or draws one parameter at a time and keeps its part."""
+    seed = settled.loaded.recipe.train.seed
     if settled.pretrained is not None:
-        return Pretrained(settled.pretrained).value
-    return initial_values(settled.model_config, settled.loaded.recipe.train.seed)
+        pretrained = Pretrained(settled.pretrained, settled.model_config, seed=seed)
+        for note in pretrained.notes:
+            emit("notice", message=note)
+        return pretrained.value
+    return initial_values(settled.model_config, seed)
 
 
 def _spike_options(recipe: Recipe) -> SpikeOptions:
