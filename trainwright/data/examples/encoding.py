@@ -106,11 +106,11 @@ def encode_all(
         for batch in batches:
             waiting.append((batch, pool.submit(batch)))
             if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
+                first, future = waiting.popleft()
+                yield first, future.result()
         while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
+            first, future = waiting.popleft()
+            yield first, future.result()
 
 
 class _Pool:
