@@ -216,7 +216,9 @@ class HuggingFaceModel(nn.Module):
             try:
                 self._run(named, use_cache=use_cache)
             except Reached as reached:
-                return reached.hidden
+                # Classes slice what they give the projection, by default all of it: a view, which FSDP2 warns of.
+                base = reached.hidden._base
+                return base if base is not None and base.shape == reached.hidden.shape else reached.hidden
         raise ModelError(f"{type(self).__name__} never called its output projection {name}")
 
     def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> HuggingFaceCache:

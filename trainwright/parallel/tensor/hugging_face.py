@@ -14,6 +14,7 @@ from torch import nn
 
 from trainwright.base.errors import ConfigError, ModelError
 from trainwright.comm.mesh import Axis
+from trainwright.models.adapters.linear import AdaptedLinear
 from trainwright.parallel.tensor.modules import make_column, make_row, make_vocabulary, make_whole
 from trainwright.parallel.tensor.parameters import Divider
 from trainwright.parallel.tensor.stream import Stream
@@ -45,6 +46,9 @@ _ALIASES = {
     "sequence_parallel": "replicate",
 }
 
+_WHOLE = ("replicated_with_grad_allreduce", "replicate")
+_KNOWN_FORWARDS = (nn.Linear.forward, nn.Embedding.forward, AdaptedLinear.forward)
+
 _STYLES = {**_COLUMN, **_ROW, **_OTHER}
 
 
@@ -74,6 +78,7 @@ def plan_problems(model: nn.Module, degree: int) -> list[str]:
     """Every reason why a model with a plan cannot be divided over `degree` ranks; empty where it can."""
     plan = tensor_plan_of(model)
     modules = dict(model.named_modules())
+    _add_tied_embeddings(plan, modules)
     problems = []
     unknown = sorted({style for style in plan.values() if style not in _STYLES})
     if unknown:
@@ -92,6 +97,9 @@ def plan_problems(model: nn.Module, degree: int) -> list[str]:
         kind = nn.Embedding if style == "embedding_rowwise" else nn.Linear
         if (style in _COLUMN or style in _ROW or style == "embedding_rowwise") and not isinstance(module, kind):
             problems.append(f"{name} is a {type(module).__name__}, and {style} needs a {kind.__name__}")
+        elif style not in _WHOLE and type(module).forward not in _KNOWN_FORWARDS:
+            # Its class is exchanged, and what its own code adds (Gemma's factor on the embedding) would be lost.
+            problems.append(f"{name} is a {type(module).__name__}, whose own code is not that of a {kind.__name__}")
         elif style == "colwise":
             sizes[f"the {module.out_features} output features of {_generic(name)}"] = int(module.out_features)
         elif style in _ROW:
