@@ -79,7 +79,7 @@ def build(
     noise = None if recipe.train.neftune_alpha is None else attach_embedding_noise(model, recipe.train.neftune_alpha)
     optimizer = build_optimizer(
         optimized_parameters(model),
-        optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed),
+        optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed, freeze=recipe.train.freeze),
         elsewhere=parameter_names(model),
     )
     placed = place_state(optimizer, recipe.memory.optimizer_state, folder=recipe.memory.nvme_path)
