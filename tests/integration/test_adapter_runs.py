@@ -10,10 +10,12 @@ import pytest
 import torch
 import yaml
 
+from trainwright.base.faults import FAULTS_VARIABLE, InjectedFault
 from trainwright.inference.adapter_merging import load_adapted
 from trainwright.inference.checkpoints import load_checkpointed_model
 from trainwright.models import load_pretrained
 from trainwright.models.adapters import SavedAdapter
+from trainwright.trainer import Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 200
 MODEL = {
@@ -45,6 +47,7 @@ def recipe(folder: Path, name: str, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [{"name": "dora", "rank": 4}, {"name": "qlora", "rank": 4}])
 def test_a_run_writes_adapters_and_a_merged_model(
     tmp_path: Path, adapter: dict[str, Any], trainwright: Callable[..., Any]
@@ -75,12 +78,21 @@ def test_a_run_writes_adapters_and_a_merged_model(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "merging changes logits by at most" in done.stdout
     assert float((load_pretrained(tmp_path / "merged")(ids) - merged(ids)).abs().max()) < 1e-5
-    # Stopped after three steps and resumed, it is the same run.
-    short = recipe(tmp_path, "stopped", model={"path": str(base)}, adapter=adapter, data=data)
-    done = trainwright("train", str(short), "train.steps=3", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    stopped = tmp_path / "runs" / "stopped"
-    done = trainwright("train", str(short), "--resume", str(stopped), cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    resumed = load_pretrained(stopped / "model")
-    assert torch.equal(resumed(ids), merged(ids))
+
+
+@pytest.mark.parametrize("name", ["dora", "qlora"])
+def test_a_run_that_broke_off_goes_on_as_if_it_had_not(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    adapter = {"name": name, "rank": 4, "dropout": 0.1}
+    Trainer(recipe(tmp_path, "whole", adapter=adapter)).fit()
+    broken = recipe(tmp_path, "broken", adapter=adapter)
+    monkeypatch.setenv(FAULTS_VARIABLE, "data.next:raise@step=4")
+    with pytest.raises(InjectedFault):
+        Trainer(broken).fit()
+    monkeypatch.delenv(FAULTS_VARIABLE)
+    Trainer(broken, resume=str(tmp_path / "runs" / "broken")).fit()
+    ids = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
+    whole, resumed = (load_pretrained(tmp_path / "runs" / run / "model")(ids) for run in ("whole", "broken"))
+    assert torch.equal(whole, resumed)

@@ -15,7 +15,7 @@ from trainwright.base.errors import ConfigError, ModelError
 from trainwright.inference.adapter_merging import merge_folder
 from trainwright.models import LlamaConfig, build_model, load_pretrained, save_pretrained
 from trainwright.models.adapters import AdapterOptions, apply_adapter, load_adapter, save_adapter
-from trainwright.models.adapters.peft_methods import apply_peft_method, save_peft_method
+from trainwright.models.adapters.peft_methods import apply_peft_method, merge_peft_method, save_peft_method
 from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.testing import tiny_llama_config
 
@@ -81,7 +81,12 @@ def test_files_of_transformers_models_open_in_peft_and_merge(tmp_path: Path, kin
 
 @pytest.mark.parametrize(
     "config",
-    [{"peft_type": "IA3"}, {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj"]}, {"peft_type": "LN_TUNING"}],
+    [
+        {"peft_type": "IA3"},
+        {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj"]},
+        {"peft_type": "OFT", "r": 0, "oft_block_size": 16, "target_modules": ["q_proj", "down_proj"]},
+        {"peft_type": "LN_TUNING"},
+    ],
     ids=lambda config: config["peft_type"],
 )
 def test_other_methods_of_peft_train_and_peft_opens_them(tmp_path: Path, config: dict[str, Any]) -> None:
@@ -96,7 +101,10 @@ def test_other_methods_of_peft_train_and_peft_opens_them(tmp_path: Path, config:
     save_peft_method(model, tmp_path / "adapter", base=str(tmp_path / "base"))
     twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     twin = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter").eval()
-    assert apart(twin(input_ids=ids).logits, model(input_ids=ids).logits) < 1e-5
+    expected = model(input_ids=ids).logits
+    assert apart(twin(input_ids=ids).logits, expected) < 1e-5
+    save_pretrained(merge_peft_method(model), tmp_path / "merged")
+    assert apart(load_pretrained(tmp_path / "merged")(ids), expected) < 1e-5, "by the native family"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from trainwright.models.adapters.targets import task_head_of
 from trainwright.models.backbone import Backbone
 from trainwright.models.exporting import WeightSource
 
-__all__ = ["PeftReport", "apply_peft_method", "save_peft_method"]
+__all__ = ["PeftReport", "apply_peft_method", "merge_peft_method", "save_peft_method"]
 
 _OWN = {"LORA": "lora, rslora, dora or qlora"}
 _NAME = "default"
@@ -121,6 +121,28 @@ def save_peft_method(
     os.replace(folder / f".{ADAPTER_WEIGHTS}.tmp", folder / ADAPTER_WEIGHTS)
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     return folder
+
+
+def merge_peft_method(model: nn.Module) -> nn.Module:
+    """Make what a method has trained part of the weights, in place, as peft's `merge_and_unload` does; returns the
+    model, whose parameters have their own names again and can be trained.
+
+    Raises:
+        ModelError: the method cannot be merged.
+    """
+    _peft()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in found:
+        parent, _, leaf = name.rpartition(".")
+        try:
+            module.merge()
+        except (NotImplementedError, ValueError) as error:
+            raise ModelError(f"peft cannot merge {type(module).__name__}: {error}", hint="use adapter/") from error
+        setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    model.__dict__.pop("peft_config", None)
+    return model.requires_grad_(True)
 
 
 def _peft() -> Any:
