@@ -24,8 +24,8 @@ from trainwright.data.examples.checks import check_trainable
 from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.engine import Engine
 from trainwright.launch import Heartbeat
-from trainwright.models.embedding_noise import EmbeddingNoise
 from trainwright.models.adapters import adapter_report
+from trainwright.models.embedding_noise import EmbeddingNoise
 from trainwright.models.fields import config_fields
 from trainwright.monitor import ThroughputMeter
 from trainwright.optim import SpikeGuard
