@@ -3,6 +3,7 @@ a stop in the middle."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -144,6 +145,25 @@ def test_averaged_weights_are_those_of_the_best_step(tiny: Tiny, tmp_path: Path)
     assert all(torch.equal(weights(folder)[name], average) for name, average in averages.items())
 
 
+def test_frozen_parts_and_noise_of_a_recipe_reach_the_model(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, "parts")
+    recipe["train"] |= {"steps": 4, "freeze": ["embeddings", "layers.0"], "neftune_alpha": 5.0}
+    recipe["checkpoint"] = {"every": "1 steps", "keep": 9}
+    folder = Trainer(recipe).fit().folder
+    first, _ = load_checkpoint(folder / "checkpoints" / "step-1")
+    last, _ = load_checkpoint(folder / "checkpoints" / "step-4")
+    same = {
+        name for name, tensor in last["engine"]["model"].items() if torch.equal(tensor, first["engine"]["model"][name])
+    }
+    assert same == {name for name in last["engine"]["model"] if "embed_tokens" in name or "layers.0." in name}
+    assert not any("layers.0." in name for name in last["engine"]["optimizer"]["parameters"])
+    quiet = tiny(tmp_path, "quiet")
+    quiet["train"] |= {"steps": 4, "freeze": ["embeddings", "layers.0"]}
+    other = Trainer(quiet).fit().folder
+    losses = [[r["loss"] for r in read_history(one / "metrics.jsonl", "step")] for one in (folder, other)]
+    assert losses[0][0] != losses[1][0], "the noise is there from the first step"
+
+
 def test_seeds_of_a_real_recipe(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny(tmp_path, "多次")
     recipe["train"]["steps"] = 4
@@ -158,3 +178,26 @@ def test_seeds_of_a_real_recipe(tiny: Tiny, tmp_path: Path) -> None:
     trained: list[str] = []
     repeat(recipe, seeds=2, train=lambda loaded, own: trained.append(str(loaded.recipe.run.name)))
     assert trained == []
+
+
+@pytest.mark.slow
+def test_the_command_line_repeats_prints_a_table_and_goes_on(
+    tiny: Tiny, tmp_path: Path, trainwright: Callable[..., Any]
+) -> None:
+    recipe = tiny(tmp_path / "runs", "seeds")
+    recipe["train"]["steps"] = 2
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    done = trainwright("train", str(tmp_path / "recipe.yaml"), "--seeds", "0,3")
+    assert done.returncode == 0, done.stderr
+    assert "seeds: 2 of 2 runs finished" in done.stdout
+    assert (tmp_path / "runs" / "seeds-seed3" / "model" / "model.safetensors").is_file()
+    again = trainwright("train", str(tmp_path / "recipe.yaml"), "--seeds", "0,3", "optim.lr=1.0")
+    assert again.returncode != 0
+    assert "seeds-seed0 has finished with other values" in again.stderr
+    two = trainwright("train", str(tmp_path / "recipe.yaml"), "--seeds", "2", "launch.processes=2", "run.name=two")
+    assert two.returncode == 0, two.stderr
+    assert "two: 2 of 2 runs finished" in two.stdout
+    text = ("data.validation=auto", "run.name=text")
+    refused = trainwright("train", str(tmp_path / "recipe.yaml"), "--folds", "2", *text)
+    assert refused.returncode != 0
+    assert "learns from running text" in refused.stderr

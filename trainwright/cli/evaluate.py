@@ -19,6 +19,10 @@ __all__ = ["evaluate", "predict"]
 Model = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="The folder of a finished run, or a model folder that it exported.")
 ]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="Format of the data, or auto; by default it is read as the training data was."),
+]
 Rows = Annotated[int, typer.Option("--batch-rows", min=1, help="Rows of one forward pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 Numbers = Annotated[str, typer.Option("--precision", help="fp32 or bf16.")]
@@ -27,6 +31,7 @@ Numbers = Annotated[str, typer.Option("--precision", help="fp32 or bf16.")]
 def evaluate(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Data to judge on instead of the run's own.")] = None,
+    format: Format = None,
     split: Annotated[str, typer.Option(help="Split of the run's own data: test, validation or train.")] = "test",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report, the errors and the confusion matrix as a picture.")
@@ -44,7 +49,7 @@ def evaluate(
     from trainwright.trainer.report import write_report
 
     trained = open_trained(model, device=device, numbers=precision)
-    result = assess(trained, split=split, source=data, rows=batch_rows, limit=limit)
+    result = assess(trained, split=split, source=data, format=format, rows=batch_rows, limit=limit)
     if out is not None and result.report is not None:
         write_report(out, Path(data).stem if data else split, result.report, loss=result.loss)
     if as_json:
@@ -67,6 +72,7 @@ def predict(
         str, typer.Argument(metavar="DATA|-", help="Records to predict for, in any format of the task; - is stdin.")
     ],
     out: Annotated[Path | None, typer.Option(help="File to write; standard output by default.")] = None,
+    format: Format = None,
     to: Annotated[
         str | None, typer.Option("--to", help="Format of the file, as in `data convert`; JSON lines by default.")
     ] = None,
@@ -83,7 +89,7 @@ def predict(
     from trainwright.trainer.predicting import predict_file
 
     trained = open_trained(model, device=device, numbers=precision)
-    lines, failed = predict_file(trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin)
+    lines, failed = predict_file(trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin, format=format)
     for line in lines:
         print(line)
     if failed:

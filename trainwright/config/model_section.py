@@ -64,7 +64,7 @@ class ModelFromFolder(_Model):
     init_from_pretrained: Annotated[bool, Truth()] = True
     """Load the weights; false takes the architecture only and initialises at random."""
     implementation: Annotated[Literal["native", "transformers"], Words(("native", "transformers"))] = "native"
-    """Whose modules: native takes our own family where there is one for the architecture, else those of transformers."""
+    """Whose modules: native takes our own family where the architecture has one, else those of transformers."""
 
 
 class ModelFromHub(_Model):
@@ -75,7 +75,7 @@ class ModelFromHub(_Model):
     init_from_pretrained: Annotated[bool, Truth()] = True
     """Load the weights; false takes the architecture only and initialises at random."""
     implementation: Annotated[Literal["native", "transformers"], Words(("native", "transformers"))] = "native"
-    """Whose modules: native takes our own family where there is one for the architecture, else those of transformers."""
+    """Whose modules: native takes our own family where the architecture has one, else those of transformers."""
 
 
 class ModelFromConfig(_Model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,22 @@ DATA_SPLIT = "train"  # of a dataset that was built to be evaluated, which has o
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How records are read: see `data.format`, `data.columns` and the keys beside them."""
+
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Trained:
     """A finished model with its task.
 
     Attributes:
         folder: of the model. run: the run folder it lies in, None for a model on its own.
         recipe: of the run. section, sequence_length: of the task.
-        survey, format, columns: what the task knew of its training records, and how these were read.
+        survey: what the task knew of its training records. reading: how these were read (format, columns, ...).
     """
 
     folder: Path
@@ -52,8 +61,7 @@ class Trained:
     section: TaskSection
     sequence_length: int
     survey: Mapping[str, Any]
-    format: str
-    columns: Mapping[str, str]
+    reading: Reading
     tokenizer: Tokenizer
     engine: Engine
 
@@ -101,8 +109,7 @@ def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32
         section=kept["task"],
         sequence_length=length,
         survey=kept["survey"],
-        format=data.get("format", "auto"),
-        columns=data.get("columns", {}),
+        reading=Reading(data.get("format", "auto"), data.get("columns", {}), data.get("reading", {})),
         tokenizer=load_tokenizer(folder),
         engine=engine,
     )
@@ -124,8 +131,11 @@ class _Known:
         return self._definition.bind(survey, tokenizer)
 
 
-def _examples(trained: Trained, source: str, cache: str, *, max_drop: float) -> ExampleDataset:
-    """The records of a source as examples, labels and tokenizer as in training."""
+def _examples(
+    trained: Trained, source: str, cache: str, *, max_drop: float, format: str | None = None
+) -> ExampleDataset:
+    """The records of a source as examples, labels and tokenizer as in training; read as there, or in this format."""
+    reading = trained.reading if format is None else Reading(format)
     definition = define_task(trained.section, trained.sequence_length)
     assert definition is not None
     spec = ExampleSpec(
@@ -133,8 +143,9 @@ def _examples(trained: Trained, source: str, cache: str, *, max_drop: float) -> 
         validation=None,
         tokenizer=trained.tokenizer,
         sequence_length=trained.sequence_length,
-        format=trained.format,
-        columns=trained.columns,
+        format=reading.format,
+        columns=reading.columns,
+        reading=reading.more,
         max_drop=max_drop,
     )
     return build_examples(spec, _Known(definition, trained.survey), cache)
@@ -155,7 +166,9 @@ def _own_data(trained: Trained) -> Dataset:
 
 
 @contextmanager
-def _data(trained: Trained, source: str | None, split: str, *, max_drop: float = 0.05) -> Iterator[tuple[Dataset, str]]:
+def _data(
+    trained: Trained, source: str | None, split: str, *, max_drop: float = 0.05, format: str | None = None
+) -> Iterator[tuple[Dataset, str]]:
     """The dataset to look at and its split; what is built of a given source is gone afterwards."""
     if source is None:
         dataset = _own_data(trained)
@@ -168,7 +181,7 @@ def _data(trained: Trained, source: str | None, split: str, *, max_drop: float =
         return
     with tempfile.TemporaryDirectory() as cache:
         if trained.from_records:
-            yield _examples(trained, source, cache, max_drop=max_drop), DATA_SPLIT
+            yield _examples(trained, source, cache, max_drop=max_drop, format=format), DATA_SPLIT
             return
         assert trained.recipe is not None, "a task that learns from text is known by its run"
         spec = build_spec(trained.recipe.recipe.data, model_tokenizer=str(trained.folder))
@@ -194,17 +207,24 @@ def _evaluated(trained: Trained, task: Task, dataset: Dataset, split: str, rows:
 
 
 def assess(
-    trained: Trained, *, split: str = "test", source: str | None = None, rows: int = 32, limit: int | None = None
+    trained: Trained,
+    *,
+    split: str = "test",
+    source: str | None = None,
+    format: str | None = None,
+    rows: int = 32,
+    limit: int | None = None,
 ) -> Evaluation:
     """Loss, metrics and report of a model.
 
     Args:
         split: of the run's own data; without effect beside `source`.
-        source: data to judge on instead, in any format that the task reads.
+        source: data to judge on instead.
+        format: of it; "auto" looks at it, None reads it as the training data was read.
         rows: of one forward pass.
         limit: records that a task which writes is judged on; None takes all.
     """
-    with _data(trained, source, split) as (dataset, chosen):
+    with _data(trained, source, split, format=format) as (dataset, chosen):
         task = _task(trained, dataset)
         result, outputs = _evaluated(trained, task, dataset, chosen, rows)
         if not isinstance(dataset, ExampleDataset):
@@ -214,7 +234,9 @@ def assess(
         return result if judged is None else replace(result, metrics=judged.metrics, report=judged.report)
 
 
-def predict(trained: Trained, source: str, *, rows: int = 32) -> Iterator[tuple[Record, Record | None]]:
+def predict(
+    trained: Trained, source: str, *, format: str | None = None, rows: int = 32
+) -> Iterator[tuple[Record, Record | None]]:
     """Records of a source and what the model predicts for each, in file order; None where a record gives no example.
 
     Raises:
@@ -225,7 +247,7 @@ def predict(trained: Trained, source: str, *, rows: int = 32) -> Iterator[tuple[
             f"the task {trained.section.name} predicts nothing of records",
             hint="`trainwright generate` goes on from a text; `trainwright eval` gives the loss",
         )
-    with _data(trained, source, "", max_drop=1.0) as (dataset, split):
+    with _data(trained, source, "", max_drop=1.0, format=format) as (dataset, split):
         assert isinstance(dataset, ExampleDataset)
         task: Any = _task(trained, dataset)
         records = dataset.records_of(split)

@@ -16,6 +16,7 @@ from trainwright.comm.layout import Layout
 from trainwright.comm.mesh import make_mesh
 from trainwright.config import Recipe
 from trainwright.data import Loader, load_tokenizer
+from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.engine import (
     Engine,
     Precision,
@@ -103,6 +104,9 @@ def build(
         ),
         placed=placed,
     )
+    if isinstance(settled.dataset, ExampleDataset):
+        # Where shapes are compiled or handed on between ranks, all batches have one.
+        settled.dataset.static = _one_shape(recipe, plan.layout)
     loader = stack.enter_context(
         Loader(
             settled.dataset,
@@ -111,6 +115,7 @@ def build(
             rank=mesh.rows[0],
             world=mesh.rows[1],
             transform=getattr(task, "prepare_batch", None),
+            group_by_length=recipe.data.group_by_length,
         )
     )
     checkpointer = stack.enter_context(
@@ -149,6 +154,10 @@ def build(
         evaluation_cadence=cadence(recipe.train.eval_every),
         save_cadence=cadence(recipe.checkpoint.every),
     )
+
+
+def _one_shape(recipe: Recipe, layout: Layout) -> bool:
+    return recipe.train.compile is True or layout.pipeline.stages > 1 or layout.context > 1 or layout.tensor > 1
 
 
 def _set_determinism(recipe: Recipe, device: torch.device) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from trainwright.base.errors import ModelError
+from trainwright.base.errors import ConfigError, ModelError
 from trainwright.config import ModelFromConfig, ModelFromFolder, ModelFromPreset, ModelSection
+from trainwright.config.tasks import TaskSection
 from trainwright.models import ModelConfig, check_vocabulary, load_config, preset, replace
 from trainwright.models.fields import config_from_fields
 from trainwright.models.hub import download
@@ -16,10 +17,12 @@ from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.models.hugging_face.structure import structure
 from trainwright.planner import Decision, choose_vocab_size
 
-__all__ = ["ModelSource", "model_source"]
+__all__ = ["ModelSource", "model_source", "reading_of"]
 
 Roles = Mapping[str, int | None]
 
+_READINGS = {"decoder": "a decoder", "encoder": "an encoder", "encoder_decoder": "an encoder-decoder"}
+_ANY_VOCABULARY, _ANY_LENGTH = 1 << 16, 16  # where only the architecture is asked for
 _LARGEST_VOCABULARY = 1 << 20
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -34,12 +37,14 @@ class ModelSource:
         pretrained: folder with weights to load, None to start at random.
         tokenizer: the model's own tokenizer folder, None when it has none.
         vocabulary_key: recipe key of the vocabulary's size when the recipe leaves it to the planner, else None.
+        decoder_start: the token that the recipe names for the beginning of what an encoder-decoder writes.
     """
 
     make: Callable[[int, int, Roles], ModelConfig]
     pretrained: str | None = None
     tokenizer: str | None = None
     vocabulary_key: str | None = None
+    decoder_start: int | None = None
 
     def config_for(self, tokenizer_size: int, sequence_length: int, roles: Roles | None = None) -> ModelConfig:
         """The configuration for this tokenizer and row length.
@@ -61,11 +66,53 @@ class ModelSource:
             )
         return config
 
+    def task_updates(self, section: TaskSection) -> dict[str, tuple[Any, str]]:
+        """What a task leaves to the model, as updates of the recipe: whether it reads a text and writes another, and
+        which token it begins with.
+
+        Raises:
+            ConfigError: the model cannot learn this task.
+        """
+        config = self.make(_ANY_VOCABULARY, _ANY_LENGTH, {})
+        kind = reading_of(config)
+        _refuse_task(section, kind, config)
+        updates: dict[str, tuple[Any, str]] = {}
+        if getattr(section, "architecture", None) == "auto":
+            updates["task.architecture"] = (kind, "what the model is")
+        if getattr(section, "decoder_start", None) == "auto" and kind == "encoder_decoder":
+            named = config.decoder_start_id if self.pretrained is not None else self.decoder_start
+            if named is not None:
+                updates["task.decoder_start"] = (named, "decoder_start_token_id of the model")
+        return updates
+
     def decisions(self, config: ModelConfig, tokenizer_size: int) -> tuple[Decision, ...]:
         """The vocabulary's size as a decision, where it was one."""
         if self.vocabulary_key is None:
             return ()
         return (Decision(self.vocabulary_key, config.vocab_size, choose_vocab_size(tokenizer_size)[1]),)
+
+
+def reading_of(config: ModelConfig) -> Literal["decoder", "encoder", "encoder_decoder"]:
+    """How a model reads: forwards only, both ways, or both ways and then writing."""
+    if not isinstance(config, HuggingFaceConfig):
+        return "encoder" if config.family == "bert" else "decoder"
+    if config.kind == "seq2seq":
+        return "encoder_decoder"
+    return "decoder" if config.kind == "causal_lm" else "encoder"
+
+
+def _refuse_task(section: TaskSection, kind: str, config: ModelConfig) -> None:
+    """Language modelling tasks need the attention that they were made for; heads of labels stand on any model."""
+    wanted = {"causal_lm": ("decoder",), "sft": ("decoder",), "masked_lm": ("encoder",)}
+    written = ("decoder", "encoder_decoder")
+    fitting = wanted.get(section.name, written if getattr(section, "architecture", None) is not None else (kind,))
+    named = getattr(section, "architecture", "auto")
+    if kind not in fitting or named not in ("auto", kind):
+        raise ConfigError(
+            f"task {section.name} needs {' or '.join(_READINGS[name] for name in fitting if named in ('auto', name))},"
+            f" and this model ({config.to_hf()['architectures'][0]}) is {_READINGS[kind]}",
+            hint="choose another model, or a task that fits it",
+        )
 
 
 def model_source(section: ModelSection) -> ModelSource:
@@ -110,7 +157,11 @@ def _from_fields(given: dict[str, Any], dropout: dict[str, float]) -> ModelSourc
         filled = {"max_position_embeddings": length, **given, **sized}
         return _with_dropout(config_from_fields(filled), dropout)
 
-    return ModelSource(make=make, vocabulary_key="model.config.vocab_size" if auto else None)
+    return ModelSource(
+        make=make,
+        vocabulary_key="model.config.vocab_size" if auto else None,
+        decoder_start=given.get("decoder_start_token_id"),
+    )
 
 
 def _with_special(given: dict[str, Any], roles: Roles) -> dict[str, Any]:
@@ -129,6 +180,8 @@ def _with_special(given: dict[str, Any], roles: Roles) -> dict[str, Any]:
             filled[name] = roles[role]
         elif value >= words:
             filled[name] = None
+    if known.kind == "seq2seq" and roles and "decoder_start_token_id" not in given:
+        filled["decoder_start_token_id"] = roles["pad"] if roles["pad"] is not None else roles["eos"]
     return filled
 
 

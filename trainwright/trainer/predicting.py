@@ -16,7 +16,14 @@ __all__ = ["predict_file"]
 
 
 def predict_file(
-    trained: Trained, source: str, *, out: Path | None, to: str | None, rows: int, stdin: IO[str]
+    trained: Trained,
+    source: str,
+    *,
+    out: Path | None,
+    to: str | None,
+    rows: int,
+    stdin: IO[str],
+    format: str | None = None,
 ) -> tuple[list[str], int]:
     """Predict for every record of `source` ("-" reads `stdin`), in order.
 
@@ -27,7 +34,7 @@ def predict_file(
     """
     with tempfile.TemporaryDirectory() as folder:
         path = _stored(stdin, Path(folder)) if source == "-" else source
-        found = [(record, prediction) for record, prediction in predict(trained, path, rows=rows)]
+        found = list(predict(trained, path, rows=rows, format="auto" if source == "-" else format))
     failed = sum(prediction is None for _, prediction in found)
     if out is None:
         return [_line(prediction) for _, prediction in found], failed

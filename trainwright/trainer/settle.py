@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
 import torch
 
@@ -25,7 +24,7 @@ from trainwright.ops.cpu_runtime import tune_cpu_runtime
 from trainwright.planner import DataFacts, Decision, MachineFacts, Plan, TuningFacts, resolve
 from trainwright.planner.model_facts import model_facts
 from trainwright.trainer.estimate import estimate_data
-from trainwright.trainer.model_section import model_source
+from trainwright.trainer.model_section import model_source, reading_of
 from trainwright.trainer.task import Dataset, define_task
 from trainwright.trainer.together import first_decides
 
@@ -69,12 +68,13 @@ def settle(
         ranks: the processes that train together; rank 0 measures for all.
         processes: plan for so many processes of this host although this one is alone.
     """
+    source = model_source(loaded.recipe.model)
+    loaded = loaded.resolve(source.task_updates(loaded.recipe.task))
     recipe = loaded.recipe
     threads = max(1, device_facts().cores // ranks.local_world)
     torch.set_num_threads(threads if recipe.train.threads == "auto" else recipe.train.threads)
     if device_facts().kind == "cpu":
         tune_cpu_runtime()
-    source = model_source(recipe.model)
     dataset, data = ranks.first_then_others(lambda: _data(loaded, source.tokenizer, build_data))
     model_config = source.config_for(data.vocab_size, data.sequence_length, _roles(dataset))
     head = _head(recipe, dataset)
@@ -87,7 +87,7 @@ def settle(
         pretrained=source.pretrained is not None,
         task=recipe.task.name,
         adapter=recipe.adapter is not None,
-        kind=_kind(model_config),
+        kind=reading_of(model_config),
     )
     plan = resolve(recipe, machine, data, model_facts(model_config, data.sequence_length), tuning)
     earlier = source.decisions(model_config, data.vocab_size)
@@ -150,14 +150,6 @@ def machine_facts(ranks: Ranks = ALONE) -> MachineFacts:
         host_bytes=host_memory_limit() // ranks.local_world if facts.kind == "cuda" else None,
         ranks_on_host=ranks.local_world,
     )
-
-
-def _kind(config: ModelConfig) -> Literal["decoder", "encoder", "encoder_decoder"]:
-    """How a model reads: forwards only, both ways, or both ways and then writing."""
-    kind = getattr(config, "kind", "encoder" if config.family == "bert" else "causal_lm")
-    if kind == "seq2seq":
-        return "encoder_decoder"
-    return "decoder" if kind == "causal_lm" else "encoder"
 
 
 def _head(recipe: Recipe, dataset: Dataset | None) -> HeadSpec | None:

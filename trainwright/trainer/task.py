@@ -12,6 +12,7 @@ from trainwright.config import Recipe
 from trainwright.config.tasks import TASKS, CausalLMSection, MaskedLMSection, TaskSection
 from trainwright.data import TokenDataset, Tokenizer
 from trainwright.data.examples.dataset import ExampleDataset
+from trainwright.data.examples.spec import example_spec
 from trainwright.tasks import CausalLM, Task
 from trainwright.tasks.masked_lm import MaskedLM
 from trainwright.tasks.registry import DEFINITIONS
@@ -62,6 +63,7 @@ def save_task(recipe: Recipe, dataset: Dataset, folder: Path, ranks: Ranks) -> N
                 "sequence_length": recipe.data.sequence_length,
                 "format": recipe.data.format,
                 "columns": dict(recipe.data.columns),
+                "reading": dict(example_spec(recipe.data).reading),
             },
         }
         write_json(folder / TASK_FILE, kept)

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from trainwright.base.errors import ConfigError, ModelError
+from trainwright.config import load_recipe_text
+from trainwright.config.rules import apply_rules
 from trainwright.config.tasks import MaskedLMSection
 from trainwright.data.build import build_dataset
 from trainwright.data.dataset import TokenDataset
@@ -347,3 +349,16 @@ def test_a_tiny_encoder_learns(tokenizer: Tokenizer) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert np.mean(losses[-10:]) < 0.75 * losses[0], losses
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("task: masked_lm\ndata: {tokenizer: {train: wordpiece}, source: [a.jsonl]}", False),
+        ("task: causal_lm\ndata: {tokenizer: {train: wordpiece}, source: [a.jsonl]}", False),
+        ("task: causal_lm\ndata: {tokenizer: {train: bpe}, source: [a.jsonl]}", True),
+    ],
+)
+def test_documents_get_no_end_of_text_from_tokenizers_that_have_none(text: str, ends: bool) -> None:
+    recipe = apply_rules(load_recipe_text(f"model: {{preset: bert-tiny}}\n{text}\n")).recipe
+    assert recipe.data.append_eos is ends
