@@ -49,7 +49,8 @@ class ClientOptim(Section):
     """What drives an optimizer that the caller brings."""
 
     elsewhere: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("weight_decay", "layer_decay", "rules", "betas", "eps", "momentum"), "an optimizer that is named here; yours has its own"
+        ("weight_decay", "layer_decay", "rules", "betas", "eps", "momentum"),
+        "an optimizer that is named here; yours has its own",
     )
 
     name: Annotated[Literal["client"], Words((*OPTIMIZERS, "client"))] = "client"

@@ -1,4 +1,4 @@
-"""Where in a model a parameter stands, by its name: embeddings, a layer, or the top; for any family that numbers layers.
+"""Where in a model a parameter stands, by its name: embeddings, a layer, or the top; for families that number layers.
 
 Llama, Mistral, Qwen (`model.layers.3.`), GPT-2 (`transformer.h.3.`), GPT-NeoX (`gpt_neox.layers.3.`), BERT, RoBERTa and
 DeBERTa (`bert.encoder.layer.3.`), T5 (`decoder.block.3.layer.1.`) and BART (`model.encoder.layers.3.`) are all alike:
@@ -83,7 +83,7 @@ class ModelParts:
             first, last = _range(part)
             if first > last or last >= self.layers:
                 has = f"the model has layers 0 to {self.layers - 1}" if self.layers else "no layers are numbered"
-                raise ConfigError(f"there is no part {part!r}: {has}", hint="write layers.0-3 for the first four layers")
+                raise ConfigError(f"there is no part {part!r}: {has}", hint="layers.0-3 are the first four")
         elif not any(self.holds(part, name) for name in self.names):
             raise ConfigError(
                 f"the model has no part {part!r}: no parameter is named like one",
