@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainwright.base.errors import ModelError
-from trainwright.models import BertConfig, Encoder, HeadSpec, build_model, load_pretrained, replace, save_pretrained
-from trainwright.models.importing import Pretrained
+from trainwright.models import Encoder, load_pretrained, save_pretrained
 
 transformers = pytest.importorskip("transformers")
 

@@ -131,8 +131,8 @@ def apply_context(
         compiled: fuse the steps of ring attention between its products by torch.compile.
 
     Raises:
-        ConfigError: the model has the head of a task, is an encoder, or has no native attention module; or ulysses does not
-            divide the axis.
+        ConfigError: the model has the head of a task, is an encoder, or has no native attention module; or ulysses
+            does not divide the axis.
     """
     if axis.size == 1:
         return SequenceOrder(1)
