@@ -80,6 +80,7 @@ class ModelSource:
         if getattr(section, "architecture", None) == "auto":
             updates["task.architecture"] = (kind, "what the model is")
         if getattr(section, "decoder_start", None) == "auto" and kind == "encoder_decoder":
+            assert isinstance(config, HuggingFaceConfig), "native families are decoders and encoders"
             named = config.decoder_start_id if self.pretrained is not None else self.decoder_start
             if named is not None:
                 updates["task.decoder_start"] = (named, "decoder_start_token_id of the model")
