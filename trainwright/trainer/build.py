@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from trainwright.base.errors import ConfigError
-from trainwright.base.events import emit
 from trainwright.base.units import Duration
 from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks
@@ -31,7 +30,6 @@ from trainwright.engine.materialise import Values, materialise
 from trainwright.engine.names import optimized_parameters
 from trainwright.memory import place_state
 from trainwright.models import build_model
-from trainwright.models.adapters import adapter_options, adapter_values, apply_adapter
 from trainwright.models.backbone import Backbone
 from trainwright.models.embedding_noise import attach_embedding_noise
 from trainwright.models.importing import Pretrained
@@ -39,6 +37,8 @@ from trainwright.models.initialise import initial_values
 from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
 from trainwright.optim.loss_scale import LossScaler
 from trainwright.parallel.pipeline import parameter_names
+from trainwright.tasks.embedding import Embedding
+from trainwright.trainer.adapters import adapt
 from trainwright.trainer.best import best_callback
 from trainwright.trainer.cadence import Cadence
 from trainwright.trainer.callbacks import Callback, EarlyStopping
@@ -66,12 +66,17 @@ def build(
     tokenizer = load_tokenizer(settled.dataset.tokenizer_folder)
     task = make_task(recipe, settled.dataset, tokenizer)
     model = _build_model(settled, policy)
-    values = _values(settled)
-    if recipe.adapter is not None:
-        report = apply_adapter(model, adapter_options(recipe.adapter, policy.compute_dtype), seed=recipe.train.seed)
-        values = adapter_values(report.linears, values, seed=recipe.train.seed)
-        emit("notice", message=str(report))
+    values = adapt(
+        model,
+        recipe.adapter,
+        _values(settled),
+        compute=policy.compute_dtype,
+        device=settled.device,
+        seed=recipe.train.seed,
+    )
     mesh = make_mesh(plan.layout, ranks)
+    if isinstance(task, Embedding):
+        task.group = mesh.data.group
     sections = Sections(recipe.precision, recipe.parallel, recipe.comm, recipe.memory)
     divided = divide(model, mesh, policy, sections, compiled=bool(recipe.train.compile))
     data_parallel = divided.data_parallel
@@ -86,7 +91,8 @@ def build(
     placed = place_state(optimizer, recipe.memory.optimizer_state, folder=recipe.memory.nvme_path)
     if placed is not None:
         stack.callback(placed.close, keep=False)
-    ema = EMA(optimized_parameters(model), decay=recipe.train.ema.decay) if recipe.train.ema is not None else None
+    trained = [(name, parameter) for name, parameter in optimized_parameters(model) if parameter.requires_grad]
+    ema = EMA(trained, decay=recipe.train.ema.decay) if recipe.train.ema is not None else None
     engine = Engine(
         model,
         optimizer,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,9 +14,9 @@ from trainwright.checkpoint import latest, list_checkpoints
 from trainwright.data import Tokenizer, load_tokenizer
 from trainwright.engine import readable_weights
 from trainwright.inference.export_checkpoint import export_checkpoint
-from trainwright.models.adapters import adapter_report, merged_source, save_adapter
 from trainwright.models.exporting import save_weights
 from trainwright.models.rewriting import rewrite_folder
+from trainwright.trainer.adapters import merged_peft_model, save_adapters
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import RunFolder
 
@@ -26,17 +28,19 @@ def export_model(run: Run) -> Path:
 
     Adapters go to `adapter/` in peft's format, and are merged into the weights of `model/`.
     """
-    folder = run.folder.model
-    adapters = adapter_report(run.engine.model)
+    folder, model, section = run.folder.model, run.engine.model, run.recipe.adapter
     with run.engine.averaged(), readable_weights(run.engine) as source:
-        if source is not None and adapters is not None:
-            save_adapter(run.engine.model, run.folder.adapter, source=source, base=run.pretrained)
-            source = merged_source(adapters, source)
         if source is not None:
             # The tokenizer first: a folder with config.json and weights is complete.
             folder.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(folder)
-            save_weights(run.engine.model.config, source, folder, generation=_generation(run.tokenizer))
+            generation = _generation(run.tokenizer, getattr(run.task, "stop_ids", ()))
+            merged = save_adapters(model, section, source, run.folder.adapter, base=run.pretrained)
+            if merged is not None:
+                save_weights(model.config, merged, folder, generation=generation)
+            else:
+                assert section is not None, "only methods of peft have to be merged by peft"
+                merged_peft_model(model.config, section, source, folder, generation=generation)
     run.ranks.barrier()
     return folder
 
@@ -96,5 +100,8 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
     )
 
 
-def _generation(tokenizer: Tokenizer) -> dict[str, int]:
+def _generation(tokenizer: Tokenizer, stops: Sequence[int] = ()) -> dict[str, Any]:
+    """What ends a text, for generation_config.json: the tokens that end a task's answers, else the end of text."""
+    if stops:
+        return {"eos_token_id": list(stops) if len(stops) > 1 else stops[0]}
     return {"eos_token_id": tokenizer.eos_id} if tokenizer.eos_id is not None else {}

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
     "data.workers",
     "train.threads",
     "train.micro_batch",
+    "train.export",
     "parallel.",
     "memory.",
     "comm.",

@@ -50,7 +50,10 @@ def make_task(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer) -> Task:
     definition = define_task(section, recipe.data.sequence_length)
     assert definition is not None
     assert isinstance(dataset, ExampleDataset), "tasks made of records have examples"
-    return definition.bind(dataset.survey, tokenizer)
+    task = definition.bind(dataset.survey, tokenizer)
+    if hasattr(task, "compiled"):
+        task.compiled = compiled
+    return task
 
 
 def save_task(recipe: Recipe, dataset: Dataset, folder: Path, ranks: Ranks) -> None:

@@ -154,7 +154,7 @@ class Trainer:
                 by = stop.requested or "a request to another rank"
                 raise Interrupted(
                     f"stopped by {by} after step {state.step} of {plan.steps}; everything is saved",
-                    hint="go on with: trainwright train RECIPE --resume auto",
+                    hint=f"go on with: trainwright train {run.folder.path} --resume {run.folder.path}",
                 )
             if (due.save or run.save_wanted) and state.step < plan.steps:
                 run.save()
@@ -215,6 +215,7 @@ class Trainer:
             perplexity=result.perplexity,
             evaluated_tokens=result.tokens,
             metrics=dict(result.metrics),
+            metric=run.task.best.name,
             baselines=run.baselines,
         )
         for callback in run.callbacks:

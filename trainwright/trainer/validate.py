@@ -61,6 +61,13 @@ def final_reports(run: Run) -> None:
         found[split] = {"loss": result.loss, **result.metrics}
         if result.report is not None:
             write_report(run.folder.reports, split, result.report, loss=result.loss)
-        emit("report", split=split, step=run.state.step, loss=result.loss, metrics=dict(result.metrics))
+        emit(
+            "report",
+            split=split,
+            step=run.state.step,
+            loss=result.loss,
+            metrics=dict(result.metrics),
+            metric=run.task.best.name,
+        )
     if run.ranks.is_first and found:
         write_json(run.folder.report, found)
