@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from trainwright.base.errors import ConfigError
+from trainwright.base.events import emit
 from trainwright.base.units import Duration
 from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks

@@ -127,7 +127,10 @@ def test_a_value_without_effect_is_an_error(overrides: list[str], message: str) 
         ("data.tokenizer=bert", "data.tokenizer: seen 'bert', expected auto"),
         ("data.tokenizer={train: unigram}", "data.tokenizer: seen the keys train, expected"),
         ("data.validation={fraction: 2}", "data.validation.fraction: seen 2, expected a number above 0 and below 1"),
-        ("optim.rules=[{pattern: '(', lr_scale: 2}]", "optim.rules.0.pattern: seen '(', expected null or a regular expression"),
+        (
+            "optim.rules=[{pattern: '(', lr_scale: 2}]",
+            "optim.rules.0.pattern: seen '(', expected null or a regular expression",
+        ),
         ("checkpoint.keep=0", "checkpoint.keep: seen 0"),
         ("run.sample={}", "run.sample.prompts: missing; expected a value"),
         ("train.seed.deep=1", "override train.seed.deep=1  train.seed: seen the keys deep"),

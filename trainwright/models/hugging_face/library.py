@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -19,10 +19,14 @@ __all__ = [
     "class_for",
     "generation_options",
     "hf_config",
+    "is_converted",
     "is_known",
     "kind_for",
+    "load_whole",
     "make_hf_config",
+    "saved_names",
     "stored_fields",
+    "todays_name",
 ]
 
 KINDS: dict[str, str] = {
@@ -153,3 +157,55 @@ def generation_options(**options: Any) -> Any:
 def empty_cache() -> Any:
     """A key/value cache of transformers that grows with what is written."""
     return _library().DynamicCache()
+
+
+def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Today's name of a tensor of a transformers model -> its name in files, where transformers keeps an older one.
+
+    Empty where a tensor is not the same in both (experts that files hold one by one).
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers 5 files had the names of the model
+        return {}
+    state = model.state_dict()
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            written = revert_weight_conversion(model, {name: state[name]})
+        except Exception:  # of several tensors that become one; what it raises for one of them is not said
+            continue
+        if len(written) == 1:
+            (old, value), *_ = written.items()
+            if old != name and value.shape == state[name].shape:
+                found[name] = old
+    return found
+
+
+def todays_name(model: Any, name: str) -> str:
+    """The name that a tensor of a file has in the model by the installed library's rules of renaming."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings
+    except ImportError:
+        return name
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    renamed: str = apply_renamings(name, rules)
+    return renamed
+
+
+def is_converted(model: Any) -> bool:
+    """Whether files of the architecture hold tensors that are put together or taken apart when they are loaded."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return False
+    return any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model))
+
+
+def load_whole(model_class: Any, folder: str) -> dict[str, Any]:
+    """The tensors of a folder as the library loads them: the whole model at once, from safetensors only."""
+    model = model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
+    tensors: dict[str, Any] = model.state_dict()
+    return tensors

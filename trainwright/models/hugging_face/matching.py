@@ -11,7 +11,8 @@ from torch import Tensor
 
 from trainwright.base.errors import ModelError
 from trainwright.models.head_files import is_head_tensor
-from trainwright.models.hugging_face.structure import structure
+from trainwright.models.hugging_face.library import todays_name
+from trainwright.models.hugging_face.structure import Structure, structure
 from trainwright.models.weights import kept_tensors
 
 __all__ = ["match_names"]
@@ -40,7 +41,7 @@ def match_names(
     doubled: dict[str, str] = {}
     unexpected: list[str] = []
     for key in shapes:
-        found = _today(key, prefix, named, facts.aliases)
+        found = _today(facts, key, prefix, named)
         if found is None:
             unexpected.append(key)
         elif found in named:
@@ -93,19 +94,21 @@ def _trunk_beginning(model: Any, shapes: Mapping[str, Any]) -> str:
     return prefix if any(key.startswith(prefix) for key in shapes) else ""
 
 
-def _today(key: str, prefix: str, named: Mapping[str, Any], aliases: Mapping[str, str]) -> str | None:
-    """The model's name of a tensor in a file, which may be of an older release, or of a class with another head."""
-    names = [key, *(key.removesuffix(old) + new for old, new in _LEGACY if key.endswith(old))]
+def _today(facts: Structure, key: str, prefix: str, named: Mapping[str, Any]) -> str | None:
+    """The name that transformers saves a tensor of a file under, which may be of another release, or of a class with
+    another head."""
+    names = [key, todays_name(facts.model, key)]
+    names += [key.removesuffix(old) + new for old, new in _LEGACY if key.endswith(old)]
     for name in names:
         without_first = name.partition(".")[2]
-        candidates = (name, prefix + name, without_first, prefix + without_first)
-        for candidate in candidates:
-            if candidate in named or candidate in aliases:
-                return candidate
+        for candidate in (name, prefix + name, without_first, prefix + without_first):
+            saved = facts.file_names.get(candidate, candidate)
+            if saved in named or saved in facts.aliases:
+                return saved
     return None
 
 
-def _is_of_head(name: str, prefix: str, facts: Any) -> bool:
+def _is_of_head(name: str, prefix: str, facts: Structure) -> bool:
     if prefix:
         return not name.startswith(prefix) or is_head_tensor(name)
     return is_head_tensor(name) or name in facts.state

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trainwright.models.hugging_face.library import make_hf_config, saved_names
+from trainwright.models.weights import kept_tensors
+
 if TYPE_CHECKING:
     from trainwright.models.hugging_face.config import HuggingFaceConfig
 
@@ -31,7 +34,7 @@ class Structure:
         model: on the meta device; never trained, shared by all who ask.
         first_position: number of the first position in a table of learned positions that keeps the numbers before it
             for padding (RoBERTa: padding_idx + 1).
-        aliases: second names of tied parameters and buffers -> the name that transformers saves.
+        aliases: second names of tied parameters -> the name that transformers saves.
         file_names: our name of a parameter -> the name that transformers saves, where the two differ.
         state: values of saved buffers, which are not trained.
     """
@@ -48,6 +51,10 @@ def structure(config: HuggingFaceConfig) -> Structure:
     """The facts of a configuration; builds it once on the meta device."""
     model, state = build_module(config)
     aliases, file_names = _ties(model)
+    kept = {file_names.get(name, name): name for name in kept_tensors(model)}
+    for saved, older in saved_names(model, kept).items():
+        file_names[kept[saved]] = older
+        aliases = {alias: older if name == saved else name for alias, name in aliases.items()}
     return Structure(model, _first_position(model), aliases, file_names, state)
 
 
@@ -68,8 +75,6 @@ def build_module(config: HuggingFaceConfig) -> tuple[Any, dict[str, Tensor]]:
 
 def _own_copy(config: HuggingFaceConfig) -> Any:
     """Classes write into the configuration that they are given."""
-    from trainwright.models.hugging_face.library import make_hf_config
-
     own = make_hf_config({**config.values, **config.head_values()})
     own._attn_implementation = "sdpa" if getattr(config.model_class, "_supports_sdpa", False) else "eager"
     return own
