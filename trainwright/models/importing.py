@@ -14,6 +14,8 @@ import torch
 
 from trainwright.base.errors import ModelError
 from trainwright.models.backbone import Backbone
+from trainwright.models.hugging_face.config import HuggingFaceConfig
+from trainwright.models.hugging_face.reading import readable
 from trainwright.models.initialise import initial_value
 from trainwright.models.matching import TensorFiles, match_tensors
 from trainwright.models.registry import ModelConfig, build_model, config_from_dict, family_of
@@ -98,6 +100,8 @@ class Pretrained:
         self._seed = seed
         self._folder = folder
         self._tensors = TensorFiles(folder, _weight_files(folder))
+        if isinstance(self.config, HuggingFaceConfig):
+            self._tensors = readable(self._tensors, folder, self.config)
         self._weights = family_of(self.config).weights
         matched = match_tensors(build_model(self.config, device="meta"), theirs, self._tensors, fresh=seed is not None)
         self._sources, self.fresh = matched.sources, matched.fresh

@@ -206,6 +206,8 @@ def is_converted(model: Any) -> bool:
 
 def load_whole(model_class: Any, folder: str) -> dict[str, Any]:
     """The tensors of a folder as the library loads them: the whole model at once, from safetensors only."""
-    model = model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
-    tensors: dict[str, Any] = model.state_dict()
-    return tensors
+    model, report = model_class.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype="auto", output_loading_info=True
+    )
+    missing = report["missing_keys"] if isinstance(report, dict) else report.missing_keys
+    return {name: value for name, value in model.state_dict().items() if name not in missing}
