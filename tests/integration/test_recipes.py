@@ -30,6 +30,7 @@ def test_recipe_trains_when_shrunk(name: str, tmp_path: Path, trainwright: Calla
     recipe = tmp_path / f"{name}.yaml"
     recipe.write_text(shrunk.to_yaml(), encoding="utf-8")
     shutil.copy(REPOSITORY / "README.md", tmp_path / "README.md")
+    shutil.copytree(REPOSITORY / "examples", tmp_path / "examples")
     done = trainwright("train", str(recipe), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / (shrunk.recipe.run.name or name)
@@ -37,6 +38,13 @@ def test_recipe_trains_when_shrunk(name: str, tmp_path: Path, trainwright: Calla
     assert info["status"] == "finished"
     assert info["result"]["validation_loss"] < 20
     assert (folder / "model" / "model.safetensors").stat().st_size > 0
-    written = trainwright("generate", str(folder), "--prompt", "def ", "--max-new-tokens", "5", "--json", cwd=tmp_path)
-    assert written.returncode == 0, written.stderr
-    assert json.loads(written.stdout)["new_tokens"] <= 5
+    if shrunk.recipe.task.name == "causal_lm":
+        written = trainwright(
+            "generate", str(folder), "--prompt", "def ", "--max-new-tokens", "5", "--json", cwd=tmp_path
+        )
+        assert written.returncode == 0, written.stderr
+        assert json.loads(written.stdout)["new_tokens"] <= 5
+    else:
+        judged = trainwright("eval", str(folder), "--split", "validation", "--limit", "4", "--json", cwd=tmp_path)
+        assert judged.returncode == 0, judged.stderr
+        assert 0 <= json.loads(judged.stdout)["loss"] < 20
