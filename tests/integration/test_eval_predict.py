@@ -1,0 +1,108 @@
+"""`trainwright eval` and `predict` on finished runs: the same numbers as the run's own report, and predictions in order."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainwright.config import load_recipe
+from trainwright.trainer import Trainer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SAMPLES = REPOSITORY / "examples" / "samples"
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shrunk runs of three recipes in one folder, which holds the examples too."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(REPOSITORY / "examples", folder / "examples")
+    for name in ("trec", "conll2003", "sft-dolly"):
+        changes = [f"run.dir={folder}", f"run.name={name}", f"data.cache={folder / 'cache'}"]
+        recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml", changes, smoke=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            Trainer(recipe).fit()
+    return folder
+
+
+def judged(trainwright: Run, *arguments: str, cwd: Path) -> dict[str, float]:
+    done = trainwright("eval", *arguments, "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", ["trec", "conll2003"])
+def test_eval_says_what_the_run_reported(runs: Path, trainwright: Run, name: str) -> None:
+    reported = json.loads((runs / name / "report.json").read_text(encoding="utf-8"))["validation"]
+    found = judged(trainwright, name, "--split", "validation", cwd=runs)
+    assert found.pop("count") > 0
+    assert found == pytest.approx(reported, abs=1e-5, nan_ok=True)
+
+
+def test_eval_of_the_bare_model_folder_on_a_file(runs: Path, trainwright: Run, tmp_path: Path) -> None:
+    shutil.copytree(runs / "trec" / "model", tmp_path / "model")
+    found = judged(trainwright, "model", "--data", str(SAMPLES / "questions.txt"), "--out", "out", cwd=tmp_path)
+    lines = (SAMPLES / "questions.txt").read_text(encoding="latin-1").splitlines()
+    assert found["count"] == len([line for line in lines if line.strip()])
+    stored = json.loads((tmp_path / "out" / "questions.json").read_text(encoding="utf-8"))
+    assert stored["metrics"]["accuracy"] == found["accuracy"]
+    assert sum(map(sum, stored["confusion"])) == found["count"]
+    wrong = (tmp_path / "out" / "questions-errors.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(wrong) == round((1 - found["accuracy"]) * found["count"])
+    assert (tmp_path / "out" / "questions-confusion.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_predict_answers_line_by_line(runs: Path, trainwright: Run, tmp_path: Path) -> None:
+    texts = ["What is a cat ?", "Who wrote Hamlet ?", "哪一年？"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    done = trainwright("predict", str(runs / "trec"), "texts.jsonl", "--format", "auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["text"] for line in found] == texts
+    for line in found:
+        assert line["label"] == max(line["probability"], key=line["probability"].get)
+        assert sum(line["probability"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_tags_come_back_as_columns(runs: Path, trainwright: Run, tmp_path: Path) -> None:
+    source = SAMPLES / "entities.conll"
+    arguments = ("predict", str(runs / "conll2003"), str(source), "--out", "tagged.conll", "--to", "conll")
+    done = trainwright(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    def words(path: Path) -> list[str]:
+        return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    expected = [word for word in words(source) if word != "-DOCSTART-"]
+    assert [word for word in words(tmp_path / "tagged.conll") if word != "-DOCSTART-"] == expected
+    again = trainwright(*arguments, cwd=tmp_path)
+    assert again.returncode != 0
+    assert "exists already" in again.stderr
+
+
+def test_a_chat_model_is_judged_and_writes(runs: Path, trainwright: Run) -> None:
+    found = judged(trainwright, "sft-dolly", "--split", "validation", "--limit", "2", cwd=runs)
+    assert 0 <= found["eos_rate"] <= 1
+    done = trainwright("predict", "sft-dolly", str(SAMPLES / "chats.jsonl"), "--format", "auto", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len((SAMPLES / "chats.jsonl").read_text(encoding="utf-8").splitlines())
+
+
+def test_what_cannot_be_judged_says_why(runs: Path, trainwright: Run, tmp_path: Path) -> None:
+    for arguments, reason in (
+        (("eval", str(tmp_path)), "no finished model"),
+        (("eval", str(runs / "conll2003"), "--split", "dev"), "no split 'dev'"),
+        (("predict", str(runs / "trec"), str(tmp_path / "none.jsonl")), "none.jsonl"),
+    ):
+        done = trainwright(*arguments, cwd=runs)
+        assert done.returncode != 0
+        assert reason in done.stderr
+        assert "Traceback" not in done.stderr
