@@ -414,7 +414,18 @@ class HuggingFaceModel(nn.Module):
             )
         wanted = _BACKENDS[name]
         if wanted is not None:
-            self.theirs.set_attn_implementation(wanted)
+            with self.as_transformers():
+                self.theirs.set_attn_implementation(wanted)
+
+    @contextlib.contextmanager
+    def as_transformers(self) -> Iterator[None]:
+        """Inside, the model's configuration is transformers' own, which its methods read, copy and write into."""
+        ours = self.config
+        self.config = self.__dict__["own_config"]
+        try:
+            yield
+        finally:
+            self.config = ours
 
     # --- buffers that no file has ---
 
@@ -446,7 +457,7 @@ def build_hugging_face(config: HuggingFaceConfig) -> Any:
     model.__dict__["accepted"] = accepted_names(kind)
     model.__dict__["first_position"] = structure(config).first_position
     model.__dict__["projection_name"] = _projection_name(model, config)
-    model.config = config
+    model.__dict__["own_config"], model.config = model.config, config
     model.__class__ = _mixed_class(kind)
     if config.head is not None:
         add_own_head(model, config.head, on_trunk=config.class_kind in TRUNKS)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,25 +51,12 @@ def write_with_transformers(
     if reads:
         options["decoder_start_token_id"] = model.decoder_start_id
         width = 1
-    with _as_transformers(model), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with model.as_transformers(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         written: Tensor = model.theirs.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=generation_options(**options)
         )
     return [_until_stop(row, stop_ids) for row in written[:, width:].tolist()]
-
-
-@contextlib.contextmanager
-def _as_transformers(model: HuggingFaceModel) -> Iterator[None]:
-    """Inside, the model has transformers' own configuration, which `generate` reads and copies, and rests."""
-    ours, training = model.config, model.training
-    model.config = ours.hf
-    model.eval()
-    try:
-        yield
-    finally:
-        model.config = ours
-        model.train(training)
 
 
 def _padded(prompts: Sequence[Sequence[int]], *, at_end: bool) -> tuple[Tensor, Tensor]:
