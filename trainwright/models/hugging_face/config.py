@@ -53,6 +53,8 @@ class HuggingFaceConfig:
         check_head(self.head)
         full = stored_fields(make_hf_config(self.values))
         object.__setattr__(self, "values", full)
+        if full.get("is_encoder_decoder") and self.decoder_start_id is not None:
+            full["decoder_start_token_id"] = self.decoder_start_id  # which classes read, and configurations may lack
         if not self.kind:
             object.__setattr__(self, "kind", kind_for(full))
         class_for(self.hf, self.class_kind)
@@ -90,8 +92,6 @@ class HuggingFaceConfig:
         for key in _GENERATION:
             written.setdefault(key, self.values.get(key))
         written["architectures"] = [self.model_class.__name__]
-        if self.class_kind == "seq2seq":
-            written["decoder_start_token_id"] = self.decoder_start_id
         if self.head is not None:
             written[KEY] = head_fields(self.head)
         return written
