@@ -33,6 +33,7 @@ PACKED = {
     "roberta": "bool",
     "deberta-v2": None,
     "modernbert": None,  # a mask of documents would take the place of its sliding windows
+    "bloom": None,
     "mamba": None,
     "t5": None,
 }

@@ -117,19 +117,22 @@ def projection_loss(
     weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise ModelError(f"the output projection is a {type(projection).__name__}, expected a weight [V, D]")
-    extra = None if tail.bias is None else model.get_buffer(tail.bias).reshape(-1)
     if isinstance(weight, DTensor) or weight.shape[1] != hidden.shape[1]:
         return _loss_by_module(model, projection, tail, hidden, labels, label_smoothing, z_loss)
-    if bias is not None or (extra is not None and bool(extra.any())):
-        # A bias is one more feature that is always 1. In the type of the weight, in which the product runs anyway.
-        total = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        total = total + (0 if bias is None else bias * tail.factor) + (0 if extra is None else extra.to(weight.dtype))
-        hidden = F.pad(hidden * tail.factor if tail.factor != 1.0 else hidden, (0, 1), value=1.0)
-        weight = torch.cat((weight, total[:, None]), 1)
-    elif tail.factor != 1.0:
-        hidden = hidden * tail.factor
+    if bias is not None and tail.factor != 1.0:
+        bias = bias * tail.factor
+    if tail.bias is not None:
+        further = model.get_buffer(tail.bias).reshape(-1).to(weight.dtype)
+        bias = further if bias is None else bias + further
     return linear_cross_entropy(
-        hidden, weight, labels, label_smoothing=label_smoothing, z_loss=z_loss, softcap=tail.cap, compiled=compiled
+        hidden if tail.factor == 1.0 else hidden * tail.factor,
+        weight,
+        labels,
+        bias=bias,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=tail.cap,
+        compiled=compiled,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
+from trainwright.models.encoder import labelled_rows
 from trainwright.models.heads import HeadSpec
 from trainwright.models.hugging_face.cache import HuggingFaceCache
 from trainwright.models.hugging_face.config import HuggingFaceConfig
@@ -146,6 +147,8 @@ class HuggingFaceModel(nn.Module):
         projection = self.output_projection
         if projection is None:
             raise ModelError(f"{type(self).__name__} has no output projection, so it gives no words")
+        if self.config.kind == "masked_lm":  # few tokens are labelled, and the others cost as much
+            hidden, labels = labelled_rows(hidden, labels)
         return projection_loss(
             self,
             projection,
