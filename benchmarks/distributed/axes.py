@@ -87,7 +87,8 @@ def measure(rank: int, world: int, options: argparse.Namespace) -> dict[str, lis
         ids = torch.randint(8192, (options.rows, options.length + 1), generator=generator)
         for name, engine in engines.items():
             place, places = engine.data_parallel.mesh.rows
-            batch = {"input_ids": ids[place::places, :-1].contiguous(), "labels": ids[place::places, 1:].contiguous()}
+            own = ids.chunk(places)[place]
+            batch = {"input_ids": own[:, :-1].contiguous(), "labels": own[:, 1:].contiguous()}
             ranks.barrier()
             began = time.perf_counter()
             engine.forward_backward(task.loss, batch, micro_rows=options.micro)

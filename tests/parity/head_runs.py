@@ -143,7 +143,7 @@ def train(
     )
     losses, norms, gradients = [], [], {}
     for step in range(3):
-        own = {key: value[place::places] for key, value in batch_of(name, step).items()}
+        own = {key: value.chunk(places)[place] for key, value in batch_of(name, step).items()}
         engine.forward_backward(loss, own, micro_rows=ROWS // places // micro_batches, seed=step)
         if step == 0:
             gradients = {key: whole(p.grad).clone() for key, p in model.named_parameters() if p.grad is not None}
@@ -152,7 +152,7 @@ def train(
         losses.append(float(report.loss))
         norms.append(float(report.grad_norm))
     model.eval()
-    own = {key: value[place::places] for key, value in batch_of(name, 9).items()}
+    own = {key: value.chunk(places)[place] for key, value in batch_of(name, 9).items()}
     told = engine.evaluate(loss, own)
     sums = torch.tensor(ranks.all_gather_json([float(told[0]), float(told[1])])).sum(0).tolist()
     parameters = {key: whole(value).detach().clone() for key, value in kept_tensors(model).items()}

@@ -213,13 +213,13 @@ def train(
     report: dict[str, Any] = {"losses": [], "norms": []}
     place, places = mesh.rows
     for step in range(steps):
-        batch = {key: value[place::places] for key, value in batch_of(config, step, packed=packed).items()}
+        batch = {key: value.chunk(places)[place] for key, value in batch_of(config, step, packed=packed).items()}
         engine.forward_backward(loss, batch, micro_rows=MICRO // places or 1)
         taken = engine.step()
         assert taken is not None
         report["losses"].append(float(taken.loss))
         report["norms"].append(float(taken.grad_norm))
-    mine = {key: value[place::places] for key, value in batch_of(config, 99, packed=packed).items()}
+    mine = {key: value.chunk(places)[place] for key, value in batch_of(config, 99, packed=packed).items()}
     sums = torch.tensor(engine.evaluate(loss, mine), dtype=torch.float64)
     report["evaluation"] = ranks.sum_(sums).tolist()
     divided.data_parallel.drop_gathered()

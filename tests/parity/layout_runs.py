@@ -117,7 +117,7 @@ def train(setting: Setting, layout: Layout, ranks: Ranks = ALONE) -> Run:
     task = CausalLM()
     losses, norms, gradients = [], [], {}
     for step, batch in enumerate(batches(config.vocab_size, setting.steps, documents=setting.documents)):
-        own = {key: value[place::places] for key, value in batch.items()}
+        own = {key: value.chunk(places)[place] for key, value in batch.items()}
         engine.forward_backward(task.loss, own, micro_rows=ROWS // places // micro_batches, seed=step)
         if step == 0:
             gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}

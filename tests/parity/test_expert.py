@@ -101,7 +101,7 @@ class Trained:
         if self.mesh is None:
             return batch
         place, places = self.mesh.rows
-        mine = {name: value[place::places] for name, value in batch.items()}
+        mine = {name: value.chunk(places)[place] for name, value in batch.items()}
         return mine if self.order is None else cut_batch(mine, self.mesh.context, self.order)
 
     def gradients(self, batch: dict[str, Tensor]) -> tuple[float, Tensor]:

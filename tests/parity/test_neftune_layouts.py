@@ -38,7 +38,7 @@ def noise() -> Iterator[None]:
         return divided
 
     def seen(self: Engine, loss: Any, batch: Any, **options: Any) -> None:
-        self.model.embedding_noise.see(batch, *self.data_parallel.mesh.rows)
+        self.model.embedding_noise.see(batch, self.data_parallel.mesh.rows[0])
         forward_backward(self, loss, batch, **options)
 
     layout_runs.divide, Engine.forward_backward = noisy, seen  # type: ignore[method-assign, assignment]

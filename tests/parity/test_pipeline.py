@@ -124,7 +124,7 @@ def over_pipeline(case: Case, mesh: Mesh, layout: PipelineLayout) -> dict[str, A
     expected, gradients, evaluated = alone(case.kind, case.steps, case.layers)
     aliases = alias_parameters(model)
     for step in range(case.steps):
-        own = {name: value[place::places] for name, value in rows_of(step).items()}
+        own = {name: value.chunk(places)[place] for name, value in rows_of(step).items()}
         sums = runner.forward_backward(
             TASK.loss,
             own,

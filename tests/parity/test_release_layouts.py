@@ -54,7 +54,7 @@ def train(family: str, layout: Layout, ranks: Ranks) -> Run:
     )
     losses, norms = [], []
     for step, batch in enumerate(batches(config.vocab_size, 3, documents=False)):
-        own = {key: value[place::places] for key, value in batch.items()}
+        own = {key: value.chunk(places)[place] for key, value in batch.items()}
         engine.forward_backward(CausalLM().loss, own, micro_rows=ROWS // places // micro_batches, seed=step)
         assert all(p.grad is None for p in model.parameters()), "gradients are still there after the backward pass"
         report = engine.step()

@@ -1,9 +1,9 @@
 """Batches for training and evaluation: which rows a step sees is computed, never remembered.
 
 Draw k of a run is row `order(k)`, a pure function of (dataset, seed, k). Step s takes draws [s * B, (s + 1) * B),
-rank r of W the r-th W-th of them. So every world size that divides B sees the same rows in the same step, a resume
-needs one number (rows consumed), and there is no shuffle buffer to lose. The last batch of an epoch runs over into
-the next one.
+rank r of W the r-th of W equal parts of them. So every world size that divides B sees the same rows in the same step,
+a resume needs one number (rows consumed), and there is no shuffle buffer to lose. The last batch of an epoch runs over
+into the next one.
 
 What differs from epoch to epoch (which tokens are masked, say) is a `transform` of a batch and its draw numbers: as
 pure as the rows are.

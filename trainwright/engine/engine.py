@@ -334,11 +334,11 @@ class Engine:
         return (float(loss_sum), int(count)) if self._counts_loss else (0.0, 0)
 
     def _micro_batches(self, batch: Batch, rows: int) -> list[Batch]:
-        place, places = self.data_parallel.mesh.rows
+        place, _ = self.data_parallel.mesh.rows
         total = next(iter(batch.values())).shape[0]
         cut = dict(batch if self._cut is None else self._cut(batch))
-        # Rank r of W holds every W-th row of the global batch: what dropout goes by.
-        cut[ROW_NUMBERS] = torch.arange(total, device=self._device) * places + place
+        # Rank r of W holds the r-th of W parts of the global batch, as the loader deals it: what dropout goes by.
+        cut[ROW_NUMBERS] = torch.arange(total, device=self._device) + place * total
         return [{key: value[first : first + rows] for key, value in cut.items()} for first in range(0, total, rows)]
 
     def prepare(self, model: Any, micro_batch: Batch) -> Batch:

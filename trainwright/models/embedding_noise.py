@@ -37,17 +37,17 @@ class EmbeddingNoise(Sited):
         self.alpha = alpha
         self.listening = True
         self._lengths: Tensor | None = None
-        self._rows = (0, 1)
+        self._first_row = 0
 
-    def see(self, batch: Mapping[str, Tensor], place: int = 0, places: int = 1) -> None:
+    def see(self, batch: Mapping[str, Tensor], place: int = 0) -> None:
         """The rows of the coming step on this rank, not cut into parts of sequences: how long each text is.
 
         Args:
             batch: `input_ids` [B, T], and `document_ids` [B, T], `lengths` [B] or `key_mask` [B, T].
-            place, places: this rank holds row `place`, `place + places`, ... of the global batch.
+            place: this rank holds the part of that number of the global batch, all parts being equally large.
         """
         self._lengths = lengths_of(batch)
-        self._rows = (place, places)
+        self._first_row = place * batch["input_ids"].shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.listening:
@@ -69,8 +69,7 @@ class EmbeddingNoise(Sited):
         """int64 [B, T]: how many real tokens the text of each token has."""
         if self._lengths is None or place.rows is None:
             return torch.full_like(keys, keys.shape[1])
-        first, step = self._rows
-        table = self._lengths.to(keys.device)[(place.rows % SECOND_PASS - first) // step]
+        table = self._lengths.to(keys.device)[place.rows % SECOND_PASS - self._first_row]
         documents = place.documents
         if table.shape[1] == 1 or documents is None:
             return table[:, :1].expand(keys.shape)

@@ -165,7 +165,7 @@ class Trainer:
         engine = run.engine
         own = {key: value.to(run.device) for key, value in batch.items()}
         if run.noise is not None:
-            run.noise.see(own, *engine.data_parallel.mesh.rows)
+            run.noise.see(own, engine.data_parallel.mesh.rows[0])
         seed = derive_seed(run.recipe.train.seed, "dropout", run.state.step)
         engine.forward_backward(run.task.loss, own, micro_rows=run.plan.micro_rows, seed=seed)
         if fault_point("step.after_backward", step=run.state.step) == "nan":

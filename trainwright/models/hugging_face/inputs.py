@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainwright.base.errors import ModelError
 
-__all__ = ["PACKINGS", "Packing", "accepted_names", "document_mask", "packed_inputs", "packing_refused"]
+__all__ = ["PACKINGS", "Packing", "accepted_names", "document_mask", "packed_inputs", "packing_refused", "positions_in"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,12 @@ def packing_refused(name: str, why: str) -> ModelError:
         f"{name} cannot be trained on rows that hold several documents: {why}",
         hint="set data.packing=pad, which gives each document a row of its own",
     )
+
+
+def positions_in(document_ids: Tensor) -> Tensor:
+    """Positions [B, T] that start over where document_ids [B, T] change."""
+    length = document_ids.shape[1]
+    places = torch.arange(length, device=document_ids.device).expand(document_ids.shape)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(1).values

@@ -22,19 +22,19 @@ from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.models.hugging_face.head import Reached, Tail, projection_loss, standing_in, tail_of
 from trainwright.models.hugging_face.heads import add_own_head, head_module_of, named_scores, swap_head
 from trainwright.models.hugging_face.inputs import (
-    PACKINGS,
     Packing,
     accepted_names,
     packed_inputs,
     packing_refused,
+    positions_in,
 )
 from trainwright.models.hugging_face.library import TRUNKS
+from trainwright.models.hugging_face.proofs import find_packing, prove_tail
 from trainwright.models.hugging_face.structure import build_module, non_persistent_buffers, structure
 from trainwright.ops.linear_cross_entropy import LossSums
 
 __all__ = ["HuggingFaceModel", "build_hugging_face"]
 
-_PROBE = 16  # tokens of a document of the start-up probe; fp8 products take multiples of 16
 _BACKENDS = {"auto": None, "sdpa": "sdpa", "reference": "eager"}
 
 
@@ -99,7 +99,9 @@ class HuggingFaceModel(nn.Module):
             ModelError: the model cannot keep documents of one row apart, or its logits are not what its projection
                 makes of these.
         """
-        self._prove()
+        if not self.__dict__.get("_proven"):
+            self.__dict__["_proven"] = True
+            prove_tail(self)
         named = self._inputs(input_ids, position_ids, document_ids, key_mask, token_type_ids)
         if cache is not None:
             return self._with_cache(named, cache, position_ids)
@@ -112,7 +114,7 @@ class HuggingFaceModel(nn.Module):
                 f"{type(self).__name__} reads a text and writes another: this task gives it only one",
                 hint="use a task that writes (translation, summarization, dialogue), or a decoder-only model",
             )
-        return self._until_projection(named)
+        return self.until_projection(named)
 
     def hidden_states_of(self, batch: Mapping[str, Tensor]) -> Tensor:
         """`hidden_states` of a batch's own entries."""
@@ -208,16 +210,17 @@ class HuggingFaceModel(nn.Module):
             known = self.__dict__["_tail"] = tail_of(self.config.hf, self)
         return known
 
-    def _until_projection(self, named: dict[str, Any], *, use_cache: bool = False) -> Tensor:
+    def until_projection(self, named: dict[str, Any], *, use_cache: bool = False) -> Tensor:
+        """What a forward pass with these arguments of transformers' own gives the projection."""
         name = self.__dict__.get("projection_name")
         if name is None:
-            output = self._run(named, use_cache=use_cache)
+            output = self.run(named, use_cache=use_cache)
             states = output.last_hidden_state if "last_hidden_state" in output else output[0]
             assert isinstance(states, Tensor)
             return states
         with standing_in(self, name, _stop):
             try:
-                self._run(named, use_cache=use_cache)
+                self.run(named, use_cache=use_cache)
             except Reached as reached:
                 # Classes slice what they give the projection, by default all of it: a view, which FSDP2 warns of.
                 base = reached.hidden._base
@@ -241,11 +244,11 @@ class HuggingFaceModel(nn.Module):
         named["past_key_values"] = cache.inner
         if position_ids is not None and "position_ids" in self.__dict__["accepted"]:
             named["position_ids"] = position_ids.expand(named["input_ids"].shape) + self.__dict__["first_position"]
-        hidden = self._until_projection(named, use_cache=True)
+        hidden = self.until_projection(named, use_cache=True)
         cache.advance(named["input_ids"].shape[1])
         return hidden
 
-    def _run(self, named: dict[str, Any], *, use_cache: bool = False) -> Any:
+    def run(self, named: dict[str, Any], *, use_cache: bool = False) -> Any:
         """The forward pass of transformers."""
         accepted = self.__dict__["accepted"]
         if "use_cache" in accepted:
@@ -299,15 +302,16 @@ class HuggingFaceModel(nn.Module):
         if document_ids is not None:
             packing = self._packing()
             if position_ids is None:
-                position_ids = _positions_in(document_ids)
-            named.update(self._packed(packing, position_ids, document_ids))
+                position_ids = positions_in(document_ids)
+            named.update(self.packed(packing, position_ids, document_ids))
         elif key_mask is not None:
             named["attention_mask"] = key_mask.long()
         elif position_ids is not None and "position_ids" in accepted:
             named["position_ids"] = position_ids.expand(input_ids.shape) + self.__dict__["first_position"]
         return named
 
-    def _packed(self, packing: Packing, position_ids: Tensor, document_ids: Tensor) -> dict[str, Any]:
+    def packed(self, packing: Packing, position_ids: Tensor, document_ids: Tensor) -> dict[str, Any]:
+        """The arguments that say where documents are."""
         return packed_inputs(
             packing,
             position_ids,
@@ -322,78 +326,14 @@ class HuggingFaceModel(nn.Module):
         """The type in which the model computes outside autocast."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
-    # --- proofs before the first use ---
-
-    def _prove(self) -> None:
-        """Compare, once, what happens behind the projection with what is known of it."""
-        if self.__dict__.get("_proven") or self.__dict__.get("projection_name") is None or self.config.head is not None:
-            return
-        self.__dict__["_proven"] = True
-        words, device = self.head_weight.shape[0], self.embedding.weight.device
-        given = torch.linspace(-3.0, 3.0, _PROBE * words, device=device).view(1, _PROBE, words)
-        ids = self._probe_ids(1, seed=1)
-        named: dict[str, Any] = {"input_ids": ids}
-        if self.config.is_encoder_decoder:
-            named["decoder_input_ids"] = ids
-        with _resting(self), standing_in(self, self.__dict__["projection_name"], lambda hidden: given):
-            output = self._run(named)
-        expected = self.tail(given, self)
-        if not torch.allclose(output.logits.float(), expected.float(), rtol=1e-5, atol=1e-5):
-            raise ModelError(
-                f"{type(self).__name__} changes its logits behind the output projection in a way that is not known",
-                hint="use another architecture; a factor, a cap and a bias are known",
-            )
-
     def _packing(self) -> Packing:
         """How documents of one row are kept apart, proven on two of them once."""
         if "_packing_found" not in self.__dict__:
-            self.__dict__["_packing_found"] = self._find_packing()
-        found: Packing | None = self.__dict__["_packing_found"]
-        if found is None:
-            raise packing_refused(type(self).__name__, self.__dict__["_packing_problem"])
+            self.__dict__["_packing_found"] = find_packing(self)
+        found: Packing | str = self.__dict__["_packing_found"]
+        if isinstance(found, str):
+            raise packing_refused(type(self).__name__, found)
         return found
-
-    def _find_packing(self) -> Packing | None:
-        self.__dict__["_packing_problem"] = "an encoder-decoder has no such rows"
-        if self.config.is_encoder_decoder:
-            return None
-        first, other, second = (self._probe_ids(1, seed=seed) for seed in (1, 2, 3))
-        documents = torch.arange(2, device=first.device).repeat_interleave(_PROBE)[None]
-        positions = torch.arange(_PROBE, device=first.device).repeat(2)[None]
-        reasons = []
-        with _resting(self):
-            alone = self._until_projection({"input_ids": second})
-            for packing in PACKINGS:
-                if packing.positions and "position_ids" not in self.__dict__["accepted"]:
-                    continue
-                if packing.mask != "none" and any(self.config.layer_windows()):
-                    reasons.append("a mask of documents would take the place of its sliding windows")
-                    continue
-                named = self._packed(packing, positions, documents)
-                try:
-                    outputs = [
-                        self._until_projection({"input_ids": torch.cat((before, second), 1), **named})[:, _PROBE:]
-                        for before in (first, other)
-                    ]
-                except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-                    reasons.append(f"{type(error).__name__} under a mask of documents")
-                    continue
-                if not torch.equal(*outputs):
-                    reasons.append("what stands in one document changes the next")
-                elif not _near(outputs[0], alone):
-                    reasons.append("a document in a row does not give what it gives alone")
-                else:
-                    return packing
-        self.__dict__["_packing_problem"] = reasons[0] if reasons else "it takes no positions and no mask"
-        return None
-
-    def _probe_ids(self, rows: int, *, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(0, self.config.vocab_size, (rows, _PROBE), generator=generator)
-        special = self.config.values.get("pad_token_id")
-        # Positions of some models count tokens that are not padding.
-        ids = torch.where(ids == special, (ids + 1) % self.config.vocab_size, ids) if special is not None else ids
-        return ids.to(self.embedding.weight.device)
 
     # --- switches ---
 
@@ -484,31 +424,3 @@ def _mixed_class(kind: Any) -> Any:
 
 def _stop(hidden: Tensor) -> Tensor:
     raise Reached(hidden)
-
-
-@contextlib.contextmanager
-def _resting(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is dropped out, no gradient is kept, and products run in the type of the parameters."""
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device.type
-    try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            yield
-    finally:
-        model.train(training)
-
-
-def _near(one: Tensor, other: Tensor) -> bool:
-    tolerance = 1e-4 if one.dtype == torch.float32 else 5e-2
-    scale = float(other.abs().max().clamp_min(1e-12))
-    return float((one.float() - other.float()).abs().max()) <= tolerance * scale
-
-
-def _positions_in(document_ids: Tensor) -> Tensor:
-    """Positions [B, T] that start over where the document changes."""
-    length = document_ids.shape[1]
-    places = torch.arange(length, device=document_ids.device).expand(document_ids.shape)
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return places - torch.where(begins, places, 0).cummax(1).values
