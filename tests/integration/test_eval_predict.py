@@ -1,4 +1,4 @@
-"""`trainwright eval` and `predict` on finished runs: the same numbers as the run's own report, and predictions in order."""
+"""`trainwright eval` and `predict` on finished runs: the numbers of the run's own report, and predictions in order."""
 
 from __future__ import annotations
 

@@ -119,9 +119,9 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_at_every_stage(tmp_path: Path) -> None:
-    check_ranks(tmp_path, 2, dict.fromkeys(TASKS, [0, 1, 2, 3]))
+    check_ranks(tmp_path, 2, {task: [0, 1, 2, 3] for task in TASKS})
 
 
 @pytest.mark.slow
 def test_four_ranks_train_as_one(tmp_path: Path) -> None:
-    check_ranks(tmp_path, 4, dict.fromkeys(TASKS, [1, 3]))
+    check_ranks(tmp_path, 4, {task: [1, 3] for task in TASKS})
