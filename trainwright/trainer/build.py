@@ -75,6 +75,7 @@ def build(
         device=settled.device,
         seed=recipe.train.seed,
     )
+    _refuse_second_pass(recipe, plan.layout)
     mesh = make_mesh(plan.layout, ranks)
     if isinstance(task, Embedding):
         task.group = mesh.data.group
@@ -161,6 +162,14 @@ def build(
         evaluation_cadence=cadence(recipe.train.eval_every),
         save_cadence=cadence(recipe.checkpoint.every),
     )
+
+
+def _refuse_second_pass(recipe: Recipe, layout: Layout) -> None:
+    if getattr(recipe.task, "r_drop", 0.0) and layout.pipeline.stages > 1:
+        raise ConfigError(
+            "task.r_drop sends every row through the model twice, and a pipeline hands each on once",
+            hint="set task.r_drop=0, or parallel.pipeline.stages=1",
+        )
 
 
 def _one_shape(recipe: Recipe, layout: Layout) -> bool:
