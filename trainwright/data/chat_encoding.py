@@ -72,7 +72,7 @@ class ChatFormat:
     """How chats become tokens for one model: its tokenizer and the one template of training and serving.
 
     Args:
-        template: "auto" (the tokenizer's own, else ChatML), a built-in name, a file, or Jinja text.
+        template: "auto" (see `choose_template`), a built-in name, a file, or Jinja text.
         system: a system message for chats that bring none.
 
     Attributes:

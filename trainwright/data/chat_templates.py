@@ -141,6 +141,9 @@ _TOKEN = re.compile(r"<\|[^|<>\s'\"+]{1,40}\|>|<(?:start|end)_of_turn>|\[/?INST\
 _PROBE = [{"role": role, "content": "."} for role in ("system", "user", "assistant")]
 
 
+CHATML_END = "<|im_end|>"
+
+
 def read_template(spec: str) -> str:
     """The Jinja source that a recipe names: a built-in name, a file, or the source itself (it has `{{` or `{%` in it).
 
@@ -160,11 +163,18 @@ def read_template(spec: str) -> str:
     )
 
 
-def choose_template(spec: str, own: str | None) -> str:
-    """The template to train with: "auto" is the tokenizer's `own`, ChatML where it has none; else what `spec` names."""
+def choose_template(spec: str, tokenizer: Tokenizer | None) -> str:
+    """The template to train with: what `spec` names; "auto" is the tokenizer's own, else ChatML where it has the tokens
+    of that (one that is yet to be trained, None, gets them), else Zephyr's, which ends messages with the end of text.
+    """
     if spec != "auto":
         return read_template(spec)
-    return own or TEMPLATES["chatml"]
+    if tokenizer is None:
+        return TEMPLATES["chatml"]
+    if tokenizer.chat_template:
+        return tokenizer.chat_template
+    knows = tokenizer.core.token_to_id(CHATML_END) is not None or tokenizer.eos_id is None
+    return TEMPLATES["chatml" if knows else "zephyr"]
 
 
 def template_tokens(template: str) -> tuple[str, ...]:
@@ -190,7 +200,7 @@ def split_tokens(text: str, tokens: Sequence[str]) -> list[str]:
 
 def with_template(tokenizer: Tokenizer, spec: str) -> Tokenizer:
     """The tokenizer with the template that `spec` chooses as its own, so that it is saved and served with it."""
-    template = choose_template(spec, tokenizer.chat_template)
+    template = choose_template(spec, tokenizer)
     if template == tokenizer.chat_template:
         return tokenizer
     return Tokenizer(

@@ -221,8 +221,9 @@ def test_a_template_whose_words_the_tokenizer_does_not_know_is_refused() -> None
     """ChatML on a tokenizer without its tokens: the end would be seven tokens that also occur in texts."""
     plain = train_tokenizer("bpe", 300, ["hello world " * 20])
     with pytest.raises(DataError, match=r"writes '<\|im_end\|>\\n' behind the assistant's message") as caught:
-        ChatFormat(plain)
+        ChatFormat(plain, "chatml")
     assert "task.template=plain" in str(caught.value)
+    assert ChatFormat(plain).tokenizer.chat_template == TEMPLATES["zephyr"]
     assert ChatFormat(plain, "plain").tokenizer.token(ChatFormat(plain, "plain").end_ids[0]) == "<|endoftext|>"
 
 
@@ -326,9 +327,12 @@ def test_templates_by_name_file_and_text(tmp_path: Path) -> None:
     assert read_template("gemma") == TEMPLATES["gemma"]
     with pytest.raises(ConfigError, match=r"no chat template is called 'lama3'.*Did you mean 'llama3'"):
         read_template("lama3")
-    assert choose_template("auto", "{{ own }}") == "{{ own }}"
+    tokenizer = train_tokenizer("bpe", 300, ["hello world " * 20])
+    own = with_template(tokenizer, "{{ own }}")
+    assert choose_template("auto", own) == "{{ own }}"
+    assert choose_template("plain", own) == TEMPLATES["plain"]
     assert choose_template("auto", None) == TEMPLATES["chatml"]
-    assert choose_template("plain", "{{ own }}") == TEMPLATES["plain"]
+    assert choose_template("auto", tokenizer) == TEMPLATES["zephyr"]
 
 
 def test_the_built_in_chatml_is_the_one_of_the_tokenizers() -> None:

@@ -328,7 +328,8 @@ def test_encoders_cross_processes() -> None:
 def test_a_mismatch_of_template_and_tokenizer_stops_before_training() -> None:
     plain = train_tokenizer("bpe", 300, TEXTS)
     with pytest.raises(DataError, match="could never learn to stop"):
-        task_of(tokenizer=plain)
+        task_of(tokenizer=plain, template="chatml")
+    assert task_of(tokenizer=plain).stop_ids == (plain.eos_id,)
     assert task_of(tokenizer=plain, template="plain").stop_ids == (plain.eos_id,)
 
 

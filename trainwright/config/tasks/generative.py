@@ -18,9 +18,9 @@ Long = Annotated[Literal["cut_turns", "cut_end", "drop", "refuse"], Words(("cut_
 
 class _ChatSection(TokenTask):
     template: Annotated[str, Name(what_it_is="auto, the name of a chat template, a file, or Jinja text")] = "auto"
-    """How messages become text: auto is the tokenizer's own chat template, else ChatML; or a built-in one (chatml,
-    llama3, mistral, gemma, phi3, zephyr, vicuna, alpaca, plain), a Jinja file, or Jinja text. It is saved with the
-    tokenizer."""
+    """How messages become text: auto is the tokenizer's own chat template, else ChatML where it knows its tokens, else
+    Zephyr's; or a built-in one (chatml, llama3, mistral, gemma, phi3, zephyr, vicuna, alpaca, plain), a Jinja file, or
+    Jinja text. It is saved with the tokenizer."""
     train_on: Annotated[Literal["assistant", "last", "all"], Words(("assistant", "last", "all"))] = "assistant"
     """What is learnt: every message of the assistant, its last one, or the whole text. Ends of turns belong to them."""
     system: Annotated[str | None, Name((None,))] = None
