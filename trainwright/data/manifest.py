@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from trainwright.base.errors import DataError
 from trainwright.data.mixture import RowGroup
 from trainwright.data.storage import FileFacts
 
-__all__ = ["MANIFEST_NAME", "SCHEMA", "Manifest", "SplitFacts", "read_manifest"]
+__all__ = ["MANIFEST_NAME", "SCHEMA", "Manifest", "SplitFacts", "damage_named", "manifest_values", "read_manifest"]
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
@@ -110,6 +112,15 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder/manifest.json`. Raises DataError when it is missing, malformed or of another schema."""
+    value = manifest_values(folder, KIND, SCHEMA, what="a dataset")
+    with damage_named(folder):
+        splits = {name: SplitFacts.from_json(split) for name, split in value.pop("splits").items()}
+        files = {name: FileFacts.from_json(facts) for name, facts in value.pop("files").items()}
+        return Manifest(**value, splits=splits, files=files)
+
+
+def manifest_values(folder: Path, kind: str, schema: int, *, what: str) -> dict[str, Any]:
+    """The JSON object of a folder's manifest, of this kind and schema; `what` it is the manifest of, for messages."""
     path = folder / MANIFEST_NAME
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -120,16 +131,21 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}", hint="delete the folder and build it again") from error
-    if not isinstance(value, dict) or value.pop("kind", None) != KIND:
-        raise DataError(f"{path} is not the manifest of a dataset", hint="give the folder that `data build` wrote")
-    if value.get("schema") != SCHEMA:
+    if not isinstance(value, dict) or value.pop("kind", None) != kind:
+        raise DataError(f"{path} is not the manifest of {what}", hint="give the folder that `data build` wrote")
+    if value.get("schema") != schema:
         raise DataError(
-            f"{path} has schema {value.get('schema')!r}; this version reads schema {SCHEMA}",
+            f"{path} has schema {value.get('schema')!r}; this version reads schema {schema}",
             hint="build the dataset again with this version",
         )
+    return value
+
+
+@contextlib.contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Inside, whatever a malformed manifest makes Python raise becomes a DataError that names the file."""
     try:
-        splits = {name: SplitFacts.from_json(split) for name, split in value.pop("splits").items()}
-        files = {name: FileFacts.from_json(facts) for name, facts in value.pop("files").items()}
-        return Manifest(**value, splits=splits, files=files)
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        path = folder / MANIFEST_NAME
         raise DataError(f"{path} is damaged: {error!r}", hint="delete the folder and build it again") from error

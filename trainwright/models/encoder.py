@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -14,16 +15,16 @@ from trainwright.ops.contents import has_contents
 __all__ = ["Encoder", "MaskedHead", "labelled_rows"]
 
 
-class MaskedHead(nn.Module):
+class MaskedHead(nn.Module, ABC):
     """Logits of hidden tokens: decoder(norm(activation(dense(x)))), the decoder's matrix tied to the embedding."""
 
     dense: nn.Linear
     layer_norm: nn.Module
     decoder: nn.Linear
 
+    @abstractmethod
     def transform(self, x: Tensor) -> Tensor:
         """What the decoder gets, [..., D]."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.transform(x))

@@ -13,7 +13,7 @@ from trainwright.base.units import Duration
 from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks
 from trainwright.comm.layout import Layout
-from trainwright.comm.mesh import make_mesh
+from trainwright.comm.mesh import Mesh, make_mesh
 from trainwright.config import Recipe
 from trainwright.data import Loader, load_tokenizer
 from trainwright.data.examples.dataset import ExampleDataset
@@ -26,7 +26,7 @@ from trainwright.engine import (
     scaler_options,
 )
 from trainwright.engine.assemble import release_gradients
-from trainwright.engine.divide import Sections, divide
+from trainwright.engine.divide import Divided, Sections, divide
 from trainwright.engine.materialise import Values, materialise
 from trainwright.engine.names import optimized_parameters
 from trainwright.memory import place_state
@@ -38,7 +38,7 @@ from trainwright.models.initialise import initial_values
 from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
 from trainwright.optim.loss_scale import LossScaler
 from trainwright.parallel.pipeline import parameter_names
-from trainwright.tasks.embedding import Embedding
+from trainwright.tasks import Task
 from trainwright.trainer.adapters import adapt
 from trainwright.trainer.best import best_callback
 from trainwright.trainer.cadence import Cadence
@@ -47,7 +47,7 @@ from trainwright.trainer.resume import Entered
 from trainwright.trainer.run import Run
 from trainwright.trainer.sampling import Sampling
 from trainwright.trainer.settle import Settled
-from trainwright.trainer.task import make_task
+from trainwright.trainer.task import Dataset, make_task
 
 __all__ = ["build"]
 
@@ -60,72 +60,19 @@ def build(
     ranks: Ranks,
 ) -> Run:
     """Everything a run holds on this rank, entered into `stack` where it needs closing."""
-    recipe, plan = settled.loaded.recipe, settled.plan
-    assert settled.dataset is not None, "a dry run is not built"
+    recipe, plan, dataset = settled.loaded.recipe, settled.plan, settled.dataset
+    assert dataset is not None, "a dry run is not built"
     _set_determinism(recipe, settled.device)
-    policy = precision(recipe.precision.name)
-    tokenizer = load_tokenizer(settled.dataset.tokenizer_folder)
-    task = make_task(recipe, settled.dataset, tokenizer)
-    model = _build_model(settled, policy)
-    values = adapt(
-        model,
-        recipe.adapter,
-        _values(settled),
-        compute=policy.compute_dtype,
-        device=settled.device,
-        seed=recipe.train.seed,
-    )
     _refuse_second_pass(recipe, plan.layout)
     mesh = make_mesh(plan.layout, ranks)
-    if isinstance(task, Embedding):
-        task.group = mesh.data.group
-    sections = Sections(recipe.precision, recipe.parallel, recipe.comm, recipe.memory)
-    divided = divide(model, mesh, policy, sections, compiled=bool(recipe.train.compile))
-    data_parallel = divided.data_parallel
-    stack.callback(data_parallel.close)
-    materialise(model, settled.device, values)
-    noise = None if recipe.train.neftune_alpha is None else attach_embedding_noise(model, recipe.train.neftune_alpha)
-    optimizer = build_optimizer(
-        optimized_parameters(model),
-        optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed, freeze=recipe.train.freeze),
-        elsewhere=parameter_names(model),
-    )
-    placed = place_state(optimizer, recipe.memory.optimizer_state, folder=recipe.memory.nvme_path)
-    if placed is not None:
-        stack.callback(placed.close, keep=False)
-    trained = [(name, parameter) for name, parameter in optimized_parameters(model) if parameter.requires_grad]
-    ema = EMA(trained, decay=recipe.train.ema.decay) if recipe.train.ema is not None else None
-    engine = Engine(
-        model,
-        optimizer,
-        multiplier=learning_rate_multiplier(recipe.optim.schedule, plan.steps, plan.tokens / plan.steps),
-        precision=policy,
-        data_parallel=data_parallel,
-        schedule=divided.schedule,
-        cut=divided.cut,
-        accumulation=plan.accumulation,
-        clip_norm=recipe.optim.clip_norm,
-        ema=ema,
-        scaler=LossScaler(scaler_options(recipe.precision)) if policy.scales_loss else None,
-        stepping=release_gradients(
-            optimizer, recipe.memory, plan.layout, clip_norm=recipe.optim.clip_norm, scales_loss=policy.scales_loss
-        ),
-        placed=placed,
-    )
-    if isinstance(settled.dataset, ExampleDataset):
-        # Where shapes are compiled or handed on between ranks, all batches have one.
-        settled.dataset.static = _one_shape(recipe, plan.layout)
-    loader = stack.enter_context(
-        Loader(
-            settled.dataset,
-            plan.batch_rows,
-            seed=recipe.train.seed,
-            rank=mesh.rows[0],
-            world=mesh.rows[1],
-            transform=getattr(task, "prepare_batch", None),
-            group_by_length=recipe.data.group_by_length,
-        )
-    )
+    tokenizer = load_tokenizer(dataset.tokenizer_folder)
+    task = make_task(recipe, dataset, tokenizer, group=mesh.data.group)
+    policy = precision(recipe.precision.name)
+    divided = _divided_model(settled, mesh, policy, stack)
+    alpha = recipe.train.neftune_alpha
+    noise = None if alpha is None else attach_embedding_noise(divided.model, alpha)
+    engine = _engine(settled, divided, policy, stack)
+    loader = stack.enter_context(_loader(settled, dataset, mesh, task))
     checkpointer = stack.enter_context(
         Checkpointer(
             entered.folder.checkpoints,
@@ -135,12 +82,12 @@ def build(
             ranks=ranks,
         )
     )
-    tokens_per_epoch = settled.dataset.facts("train").trained_tokens
+    tokens_per_epoch = dataset.facts("train").trained_tokens
 
     def cadence(every: Duration | str) -> Cadence:
         return Cadence(every if isinstance(every, Duration) else None, tokens_per_epoch=tokens_per_epoch)
 
-    validated = "validation" in settled.dataset.splits and recipe.train.eval_every != "never"
+    validated = "validation" in dataset.splits and recipe.train.eval_every != "never"
     best = best_callback(recipe, task, validated=validated)
     return Run(
         loaded=settled.loaded,
@@ -149,7 +96,7 @@ def build(
         ranks=ranks,
         device=settled.device,
         pretrained=settled.pretrained,
-        dataset=settled.dataset,
+        dataset=dataset,
         tokenizer=tokenizer,
         task=task,
         engine=engine,
@@ -161,6 +108,73 @@ def build(
         log_cadence=cadence(recipe.monitor.log_every),
         evaluation_cadence=cadence(recipe.train.eval_every),
         save_cadence=cadence(recipe.checkpoint.every),
+    )
+
+
+def _divided_model(settled: Settled, mesh: Mesh, policy: Precision, stack: contextlib.ExitStack) -> Divided:
+    """The model with its adapters, divided over the mesh, its weights in place."""
+    recipe = settled.loaded.recipe
+    model = _build_model(settled, policy)
+    values = adapt(
+        model,
+        recipe.adapter,
+        _values(settled),
+        compute=policy.compute_dtype,
+        device=settled.device,
+        seed=recipe.train.seed,
+    )
+    sections = Sections(recipe.precision, recipe.parallel, recipe.comm, recipe.memory)
+    divided = divide(model, mesh, policy, sections, compiled=bool(recipe.train.compile))
+    stack.callback(divided.data_parallel.close)
+    materialise(model, settled.device, values)
+    return divided
+
+
+def _engine(settled: Settled, divided: Divided, policy: Precision, stack: contextlib.ExitStack) -> Engine:
+    """The engine of a divided model, with the optimizer of what is trained."""
+    recipe, plan, model = settled.loaded.recipe, settled.plan, divided.model
+    optimizer = build_optimizer(
+        optimized_parameters(model),
+        optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed, freeze=recipe.train.freeze),
+        elsewhere=parameter_names(model),
+    )
+    placed = place_state(optimizer, recipe.memory.optimizer_state, folder=recipe.memory.nvme_path)
+    if placed is not None:
+        stack.callback(placed.close, keep=False)
+    trained = [(name, parameter) for name, parameter in optimized_parameters(model) if parameter.requires_grad]
+    return Engine(
+        model,
+        optimizer,
+        multiplier=learning_rate_multiplier(recipe.optim.schedule, plan.steps, plan.tokens / plan.steps),
+        precision=policy,
+        data_parallel=divided.data_parallel,
+        schedule=divided.schedule,
+        cut=divided.cut,
+        accumulation=plan.accumulation,
+        clip_norm=recipe.optim.clip_norm,
+        ema=EMA(trained, decay=recipe.train.ema.decay) if recipe.train.ema is not None else None,
+        scaler=LossScaler(scaler_options(recipe.precision)) if policy.scales_loss else None,
+        stepping=release_gradients(
+            optimizer, recipe.memory, plan.layout, clip_norm=recipe.optim.clip_norm, scales_loss=policy.scales_loss
+        ),
+        placed=placed,
+    )
+
+
+def _loader(settled: Settled, dataset: Dataset, mesh: Mesh, task: Task) -> Loader:
+    """Batches of this rank's rows."""
+    recipe, plan = settled.loaded.recipe, settled.plan
+    if isinstance(dataset, ExampleDataset):
+        # Where shapes are compiled or handed on between ranks, all batches have one.
+        dataset.static = _one_shape(recipe, plan.layout)
+    return Loader(
+        dataset,
+        plan.batch_rows,
+        seed=recipe.train.seed,
+        rank=mesh.rows[0],
+        world=mesh.rows[1],
+        transform=getattr(task, "prepare_batch", None),
+        group_by_length=recipe.data.group_by_length,
     )
 
 

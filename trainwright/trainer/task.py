@@ -40,8 +40,12 @@ def define_task(section: TaskSection, sequence_length: int) -> TaskDefinition | 
     return DEFINITIONS[section.name](section, sequence_length)
 
 
-def make_task(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer) -> Task:
-    """The task of a settled recipe, bound to what its data says."""
+def make_task(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer, *, group: Any = None) -> Task:
+    """The task of a settled recipe, bound to what its data says.
+
+    Args:
+        group: the processes that train on other rows of the same step; a task that compares rows asks them for theirs.
+    """
     section, compiled = recipe.task, recipe.train.compile is True
     if isinstance(section, CausalLMSection):
         return CausalLM(label_smoothing=section.label_smoothing, z_loss=section.z_loss, compiled=compiled)
@@ -51,8 +55,9 @@ def make_task(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer) -> Task:
     assert definition is not None
     assert isinstance(dataset, ExampleDataset), "tasks made of records have examples"
     task = definition.bind(dataset.survey, tokenizer)
-    if hasattr(task, "compiled"):
-        task.compiled = compiled
+    for name, value in (("compiled", compiled), ("group", group)):  # tasks that can use one have it as an attribute
+        if hasattr(task, name):
+            setattr(task, name, value)
     return task
 
 

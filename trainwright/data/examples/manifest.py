@@ -10,7 +10,7 @@ from typing import Any
 
 from trainwright.base.errors import DataError
 from trainwright.data.examples.example import Feature
-from trainwright.data.manifest import MANIFEST_NAME
+from trainwright.data.manifest import MANIFEST_NAME, damage_named, manifest_values
 from trainwright.data.mixture import RowGroup
 from trainwright.data.records.record import NOTES
 from trainwright.data.storage import FileFacts
@@ -144,28 +144,10 @@ def is_examples(folder: Path) -> bool:
 
 def read_example_manifest(folder: Path) -> ExampleManifest:
     """Read and check `folder/manifest.json`. Raises DataError when it is missing, malformed or of another schema."""
-    path = folder / MANIFEST_NAME
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{folder} is not a built dataset: it has no {MANIFEST_NAME}",
-            hint="build one with `trainwright data build RECIPE`",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}", hint="delete the folder and build it again") from error
-    if not isinstance(value, dict) or value.pop("kind", None) != KIND:
-        raise DataError(f"{path} is not the manifest of examples", hint="give the folder that `data build` wrote")
-    if value.get("schema") != SCHEMA:
-        raise DataError(
-            f"{path} has schema {value.get('schema')!r}; this version reads schema {SCHEMA}",
-            hint="build the dataset again with this version",
-        )
-    try:
+    value = manifest_values(folder, KIND, SCHEMA, what="examples")
+    with damage_named(folder):
         splits = {name: ExampleFacts.from_json(split) for name, split in value["splits"].items()}
         value["splits"] = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
         value["files"] = {name: FileFacts.from_json(facts) for name, facts in value["files"].items()}
         value["features"] = tuple(Feature(**{**one, "shape": tuple(one["shape"])}) for one in value["features"])
         return ExampleManifest(**{one.name: value.pop(one.name) for one in fields(ExampleManifest)}, **value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is damaged: {error!r}", hint="delete the folder and build it again") from error
