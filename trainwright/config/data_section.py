@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from trainwright.base.units import Count
-from trainwright.config.fields import Auto, Listed, Name, Real, Truth, Unit, Whole, Words
+from trainwright.config.fields import Auto, Listed, Name, Real, Truth, Unit, Whole, Words, Written
 from trainwright.config.section import Section, variant_tag
 
 __all__ = [
@@ -52,6 +53,23 @@ class FoldSection(Section):
     def problems(self) -> Any:
         if self.index >= self.of:
             yield "index", f"a number below data.fold.of, {self.of}"
+
+
+@dataclass(frozen=True)
+class Column(Written):
+    """A column of a file."""
+
+    @property
+    def what(self) -> str:
+        return "the name of a column, or its number from 0"
+
+    def read(self, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            raise ValueError
+        return value
+
+    def json(self) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer"}]}
 
 
 def list_sources(value: Any) -> Any:
@@ -231,8 +249,9 @@ class DataSection(Section):
     """Sources that the finished model is judged on, written as data.source; for tasks made of records."""
     format: Annotated[str, Name(("auto",), what_it_is="the name of a format of records", pattern=r"[\w-]+")] = "auto"
     """Format of the records, for tasks made of records; auto looks at the files."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Expected name of a field: its name in the files (text: review, label: stars), for tasks made of records."""
+    columns: dict[str, Annotated[str | int, Column()]] = Field(default_factory=dict)
+    """Expected name of a field: its name in the files (text: review, label: stars), or its number from 0 where they
+    have no header, for tasks made of records."""
     encoding: Annotated[str, Name(what_it_is="the name of a text encoding")] = "utf-8"
     """Of text files with records (latin-1, gb18030), for tasks made of records."""
     separator: Annotated[str | None, Name((None,))] = None

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainwright.base.errors import DataError
-from trainwright.data.chat_spans import ChatRenderer, Rendering, Turn, plain_messages
+from trainwright.data.chat_messages import plain_messages, strings_in
+from trainwright.data.chat_spans import ChatRenderer, Rendering, Turn
 from trainwright.data.chat_templates import special_variables, with_template
 from trainwright.data.tokenizer_core import Tokenizer
 
@@ -94,11 +95,11 @@ class ChatFormat:
         self._added = frozenset(tokenizer.core.get_added_tokens_decoder()) - unknown
         self._special = tokenizer.special_ids - unknown
         self._probe = _speakable(tokenizer)
-        self._reserved = reserved_pattern(tokenizer)
         self.end_ids = (self._end_of_turn(turns=1),)
         later = self._end_of_turn(turns=2)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self.stop_ids = tuple(dict.fromkeys((*self.end_ids, later, *eos)))
+        self.stop_ids = tuple(dict.fromkeys((*self.end_ids, later, *self._end_of_call(), *eos)))
+        self._reserved = reserved_pattern(tokenizer, self.stop_ids)
         self._overhang = self._measure_overhang()
 
     # ---- to tokens
@@ -113,10 +114,13 @@ class ChatFormat:
             plain.insert(0, {"role": "system", "content": self.system})
         return plain
 
-    def reserved(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
-        """A special token that somebody wrote in a message: it would be read as the template's own. None without."""
-        for message in messages:
-            match = self._reserved.search(message["content"])
+    def reserved(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str | None:
+        """A special token that somebody wrote in a message, in the arguments of a call, or in a tool: it would be read
+        as the template's own. None without."""
+        for text in strings_in([messages, tools]):
+            match = self._reserved.search(text)
             if match is not None:
                 return match[0]
         return None
@@ -138,9 +142,15 @@ class ChatFormat:
         if train_on == "all":
             return EncodedChat(tokens.ids, np.ones(len(tokens.ids), dtype=np.bool_))
         trained = np.zeros(len(tokens.ids), dtype=np.bool_)
-        turns = rendering.turns[-1:] if train_on == "last" else rendering.turns
+        turns = _last_message(rendering.turns, messages) if train_on == "last" else rendering.turns
+        unwanted = {number for number, message in enumerate(messages) if message.get("weight", 1) == 0}
+        if unwanted and any(turn.message < 0 for turn in turns):
+            raise DataError(
+                "a message has weight 0, and it cannot be told which of the template's {% generation %} tags are its",
+                hint="put one pair of the tags around each message of the assistant",
+            )
         for turn in turns:
-            if turn.whole and messages[turn.message].get("weight", 1) != 0:
+            if turn.whole and turn.message not in unwanted:
                 trained |= self._of_turn(rendering, tokens, turn)
         return EncodedChat(tokens.ids, trained, sum(not turn.whole for turn in turns))
 
@@ -162,10 +172,13 @@ class ChatFormat:
 
     def _of_turn(self, rendering: Rendering, tokens: TokenOffsets, turn: Turn) -> NDArray[np.bool_]:
         """Tokens of a turn and the one that ends it."""
-        start, end = turn.start - self._overhang, turn.end
+        added = (tokens.ends <= turn.start) & np.isin(tokens.ids, list(self._added))
+        # an added token never joins its neighbours: what stands before one is no part of the answer
+        start, end = max(turn.start - self._overhang, int(tokens.ends[added].max(initial=0))), turn.end
         if end is None:
             first = int(np.searchsorted(tokens.starts, turn.start))
-            ends = np.flatnonzero(np.isin(tokens.ids[first:], self.stop_ids))
+            limit = len(rendering.text) if turn.limit is None else turn.limit
+            ends = np.flatnonzero(np.isin(tokens.ids[first:], self.stop_ids) & (tokens.ends[first:] <= limit))
             if not len(ends):
                 raise DataError(
                     f"message {turn.message + 1} (assistant) is not ended by any of the tokens {self._names()}",
@@ -211,6 +224,21 @@ class ChatFormat:
             )
         return int(tokens.ids[closing])
 
+    def _end_of_call(self) -> tuple[int, ...]:
+        """The token that ends a message which calls a tool; none where the template has no place for such messages."""
+        name = self._probe
+        call = {"id": "000000000", "type": "function", "function": {"name": name, "arguments": {}}}
+        schema = {"name": name, "description": name, "parameters": {"type": "object", "properties": {}}}
+        asked = [*self._question(), {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            rendering = self.renderer.render(asked, [{"type": "function", "function": schema}])
+            tokens = encode_offsets(self.tokenizer, rendering.text)
+        except DataError:
+            return ()
+        turn = next((turn for turn in rendering.turns if turn.whole), None)
+        closing = None if turn is None else self._closing(rendering.text, tokens, turn.start, len(rendering.text))
+        return () if closing is None else (int(tokens.ids[closing]),)
+
     def _names(self) -> str:
         return ", ".join(str(self.tokenizer.token(i)) for i in self.stop_ids)
 
@@ -246,10 +274,17 @@ def overhang(tokenizer: Tokenizer, prompt: str, wholes: Sequence[str] = ()) -> i
     return len(prompt) - (int(tokens.ends[stable - 1]) if stable else 0)
 
 
-def reserved_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Finds special tokens of a tokenizer in texts that people wrote."""
-    tokens = tokenizer.core.get_added_tokens_decoder().values()
-    names = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+def _last_message(turns: Sequence[Turn], messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """The turns of the assistant's last message; the last turn where it cannot be told whose it is."""
+    last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    return list(turns[-1:]) if any(turn.message < 0 for turn in turns) else [t for t in turns if t.message == last]
+
+
+def reserved_pattern(tokenizer: Tokenizer, further: Sequence[int] = ()) -> re.Pattern[str]:
+    """Finds special tokens of a tokenizer, and `further` added ones by id, in texts that people wrote."""
+    tokens = tokenizer.core.get_added_tokens_decoder().items()
+    found = (token.content for number, token in tokens if token.special or number in further)
+    names = sorted(found, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 

@@ -9,13 +9,14 @@ out *where* things stand in it, and each finding is proved against it:
   beginning of the whole text. Templates that write earlier messages otherwise once a later one comes (they leave out
   old thoughts) fail this proof; then the turn begins with its content.
 - Its content ends where a mark behind it stands; without the mark the text must be the same.
+- A message that is nothing but tool calls, behind messages that are written otherwise later on, begins behind the
+  generation prompt that stands last before the mark of its first call.
 
 The marks are Unicode noncharacters (U+FDD0 and U+FDD1), which no text holds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
@@ -26,11 +27,12 @@ from typing import Any
 from trainwright.base.errors import DataError
 from trainwright.data.templates import render_chat
 
-__all__ = ["ChatRenderer", "Rendering", "Turn", "plain_messages"]
+__all__ = ["ChatRenderer", "Rendering", "Turn"]
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _PROBE = [{"role": "user", "content": "."}]
 
 Messages = Sequence[Mapping[str, Any]]
@@ -42,16 +44,18 @@ class Turn:
     """What one assistant message is in the text.
 
     Attributes:
-        message: its number among the messages; -1 where tags and messages cannot be told apart.
+        message: its number among the messages; -1 where it cannot be told whose the tags are.
         start, end: characters [start, end) that the assistant writes, without what ends the turn; `end` is None where
             only that shows it (a message that is nothing but tool calls).
-        whole: whether the template kept all of the message's content.
+        whole: whether the template kept all of the message's content. Of one that it did not, `start` may be 0.
+        limit: first character of what the next message says, where that is known: the turn has ended before it.
     """
 
     message: int
     start: int
     end: int | None
     whole: bool = True
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class ChatRenderer:
     def __init__(self, template: str, variables: Mapping[str, Any] | None = None) -> None:
         self.template = template
         self.variables = dict(variables or {})
-        self.has_tags = _TAG.search(template) is not None
+        self.has_tags = _TAG.search(_COMMENT.sub("", template)) is not None
         self.reads_thoughts = "reasoning_content" in template
         prompt = self._or_none(_PROBE, None, add_generation_prompt=True)
         bare = self._or_none(_PROBE, None)
@@ -118,21 +122,43 @@ class ChatRenderer:
     # ---- by generation tags
 
     def _tagged(self, text: str, messages: Messages, tools: Tools) -> tuple[Turn, ...]:
-        marked = render_chat(self.template, messages, tools=tools, generation_marks=(_OPEN, _CLOSE), **self.variables)
+        marked = self._with_tags_marked(messages, tools)
         if _MARKS.sub("", marked) != text:
             raise DataError(
                 "the chat template changes what its {% generation %} tags enclose after the fact",
                 hint="put the tags directly around what is written out",
             )
-        starts, ends = _positions(marked, _OPEN), _positions(marked, _CLOSE)
-        spans = [span for span in zip(starts, ends, strict=True) if span[0] < span[1]]
-        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(numbers) != len(spans):
-            return tuple(Turn(-1, start, end) for start, end in spans)
+        spans = list(zip(_positions(marked, _OPEN), _positions(marked, _CLOSE), strict=True))
+        owners = self._owners(messages, tools, [start for start, _ in spans])
+        shown: dict[int, str] = {}
+        for number, (start, end) in zip(owners, spans, strict=True):
+            shown[number] = shown.get(number, "") + text[start:end]
+        kept = {number: number < 0 or self._kept(messages[number], seen) for number, seen in shown.items()}
         return tuple(
-            Turn(number, start, end, self._kept(messages[number], text[start:end]))
-            for number, (start, end) in zip(numbers, spans, strict=True)
+            Turn(number, start, end, kept[number])
+            for number, (start, end) in zip(owners, spans, strict=True)
+            if start < end
         )
+
+    def _with_tags_marked(self, messages: Messages, tools: Tools) -> str:
+        return render_chat(self.template, messages, tools=tools, generation_marks=(_OPEN, _CLOSE), **self.variables)
+
+    def _owners(self, messages: Messages, tools: Tools, starts: Sequence[int]) -> list[int]:
+        """The number of the message that each span of tags belongs to. Where messages have no or several spans, it is
+        the first of the assistant's up to which the template writes that span; -1 where that does not tell."""
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(numbers) == len(starts):
+            return numbers
+        owners: list[int] = []
+        for number in numbers:
+            try:
+                known = _positions(self._with_tags_marked(messages[: number + 1], tools), _OPEN)
+            except DataError:
+                return [-1] * len(starts)
+            if known != list(starts[: len(known)]) or len(known) < len(owners):
+                return [-1] * len(starts)
+            owners += [number] * (len(known) - len(owners))
+        return owners if len(owners) == len(starts) else [-1] * len(starts)
 
     # ---- by marks and prompts
 
@@ -181,10 +207,15 @@ class ChatRenderer:
         number: int,
         content: tuple[int | None, int] | None,
     ) -> Turn:
+        message = messages[number]
         first, end = content if content is not None else (None, None)
-        if messages[number].get("tool_calls"):
+        if message.get("tool_calls"):
             end = None  # calls stand behind the content, or the content is none
         start = self._start(text, messages, tools, number, first)
+        if start is None and message.get("tool_calls"):
+            start = self._start_of_call(text, messages, tools, number)
+        if start is None and not self._kept(message, text):
+            return Turn(number, 0, None, whole=False)
         if start is None:
             raise DataError(
                 f"message {number + 1} (assistant) cannot be found in what the chat template writes: the template "
@@ -192,9 +223,10 @@ class ChatRenderer:
                 hint="mark what the assistant writes with {% generation %} ... {% endgeneration %} in the template, "
                 "or choose another template",
             )
-        kept = self._kept(messages[number], text[start:end])
-        if not kept and content is None and not messages[number].get("tool_calls"):
-            return Turn(number, start, None, whole=False)
+        kept = self._kept(message, text[start:end])
+        if end is None:
+            following = self._content_span(text, messages, tools, number + 1)
+            return Turn(number, start, None, kept, limit=None if following is None else following[0])
         return Turn(number, start, end, kept)
 
     def _start(
@@ -212,6 +244,29 @@ class ChatRenderer:
         if before is not None and text.startswith(before):
             return len(before)
         return first
+
+    def _start_of_call(self, text: str, messages: Messages, tools: Tools, number: int) -> int | None:
+        """The end of the generation prompt that stands last before the first call of a message without content; None
+        unless it stands behind the message before."""
+        before = self._content_span(text, messages, tools, number - 1)
+        if not self.generation_prompt or before is None or _content(messages[number]):
+            return None
+        call, *others = messages[number]["tool_calls"]
+        named = {**call, "function": {**call["function"], "name": _OPEN + call["function"]["name"]}}
+        changed = [*messages[:number], {**messages[number], "tool_calls": [named, *others]}, *messages[number + 1 :]]
+        marked = self._or_none(changed, tools)
+        if marked is None or marked.count(_OPEN) != 1 or _MARKS.sub("", marked) != text:
+            return None
+        place = text.rfind(self.generation_prompt, before[1], marked.index(_OPEN))
+        return None if place < 0 else place + len(self.generation_prompt)
+
+    def _content_span(self, text: str, messages: Messages, tools: Tools, number: int) -> tuple[int, int] | None:
+        """Characters [start, end) of what a message says; None where there is no such message, or it is not found."""
+        if not 0 <= number < len(messages) or not _content(messages[number]):
+            return None
+        spans = self._positions(text, messages, tools, [number], both=True)
+        start, end = (None, 0) if spans is None else spans[0]
+        return None if start is None else (start, end)
 
     def _kept(self, message: Mapping[str, Any], shown: str) -> bool:
         """Whether all that a message says, its thoughts included where the template knows them, is shown, whatever
@@ -233,52 +288,6 @@ class ChatRenderer:
             return self.text(messages, tools, add_generation_prompt=add_generation_prompt)
         except DataError:
             return None
-
-
-def plain_messages(messages: Messages) -> list[dict[str, Any]]:
-    """Messages as templates expect them: content as one text, the arguments of tool calls as objects.
-
-    Raises DataError for a message without a role, or with content that is neither text nor a list of texts.
-    """
-    return [_plain_message(message, number) for number, message in enumerate(messages)]
-
-
-def _plain_message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise DataError(
-            f"message {number + 1} is {message!r:.80}; expected an object with 'role' and 'content'",
-            hint='write {"role": "user", "content": "..."}',
-        )
-    result = dict(message)
-    content = result.get("content")
-    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
-        result["content"] = "".join(str(part["text"]) for part in content)
-    elif content is None:
-        result["content"] = ""
-    elif not isinstance(content, str):
-        raise DataError(
-            f"message {number + 1} ({message['role']}) has content of type {type(content).__name__}; expected text",
-            hint="images and sounds are not trained on; leave such records out",
-        )
-    if result.get("tool_calls"):
-        result["tool_calls"] = [_plain_call(call, number) for call in result["tool_calls"]]
-    else:
-        result.pop("tool_calls", None)
-    return result
-
-
-def _plain_call(call: Any, number: int) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(
-            f"message {number + 1} has the tool call {call!r:.80}; expected a function with 'name' and 'arguments'",
-            hint='write {"type": "function", "function": {"name": "...", "arguments": {...}}}',
-        )
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # what is no JSON is written as it is
-            arguments = json.loads(arguments)
-    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 
 def _content(message: Mapping[str, Any]) -> str:
@@ -304,7 +313,7 @@ def _tool_names(tools: Tools) -> list[str]:
 
 
 def _check_order(turns: Sequence[Turn]) -> None:
-    for before, after in itertools.pairwise(turns):
+    for before, after in itertools.pairwise(turn for turn in turns if turn.whole):
         if after.start < (before.end if before.end is not None else before.start):
             raise DataError(
                 f"messages {before.message + 1} and {after.message + 1} (assistant) overlap in what the chat template "

@@ -21,6 +21,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes as nodes
 from jinja2.parser import Parser
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
@@ -246,7 +247,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     # Jinja's own signature: the names are private so that keyword arguments of a template cannot hit them
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _spend()
-        if __obj is not _Counted and __obj is not _concatenate:
+        # what a macro does with a number of a message (a time stamp, say) is checked where it does it
+        if __obj is not _Counted and __obj is not _concatenate and not isinstance(__obj, Macro):
             _check_arguments((*args, *kwargs.values()))
             method = getattr(__obj, "__name__", "")
             subject = getattr(__obj, "__self__", None)

@@ -47,8 +47,9 @@ class ChatEncoder:
         self.max_length = max_length
         self.train_on = train_on
         self.long = long
-        self.must_train_ids = chat.end_ids
         self.tokenizer = chat.tokenizer
+        eos = self.tokenizer.eos_id  # ends running text, which may be all there is
+        self.must_train_ids = tuple(dict.fromkeys((*chat.end_ids, *(() if eos is None else (eos,)))))
         facts = [_VERSION, chat.tokenizer.chat_template, chat.system, train_on, long, max_length]
         self.fingerprint = json.dumps(["chat", *facts], ensure_ascii=False)
 
@@ -60,9 +61,9 @@ class ChatEncoder:
         tools = record.get("tools")
         if self.train_on != "all" and not any(message["role"] == "assistant" for message in messages):
             return Encoded(dropped="no message of the assistant")
-        reserved = self.chat.reserved(messages)
+        reserved = self.chat.reserved(messages, tools)
         if reserved is not None:
-            return Encoded(dropped=f"a message holds the special token {reserved}")
+            return Encoded(dropped=f"the chat holds the special token {reserved}")
         chat = self.chat.encode(messages, tools, train_on=self.train_on)
         example = labelled_example(chat.ids, chat.trained)
         if example is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainwright.base.errors import DataError
 from trainwright.data.chat_encoding import ChatFormat
-from trainwright.data.chat_spans import plain_messages
+from trainwright.data.chat_messages import plain_messages
 from trainwright.data.chat_templates import choose_template, read_template, split_tokens, template_tokens, with_template
 from trainwright.data.examples.example import ExampleEncoder
 from trainwright.data.templates import render_chat

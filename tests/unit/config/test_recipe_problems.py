@@ -145,6 +145,19 @@ def test_wrong_values_say_what_was_seen_and_expected(override: str, message: str
     assert message in problems(BASE, [override])
 
 
+@pytest.mark.parametrize("column", [0, -1, "0", "texte", "正文"])
+def test_columns_have_names_or_numbers(column: str | int) -> None:
+    data = {"source": "a.csv", "columns": {"text": column}}
+    assert load_recipe({"model": {"preset": "llama-1m"}, "data": data}).recipe.data.columns == {"text": column}
+
+
+@pytest.mark.parametrize("column", [True, None, "", 1.5, ["a"]])
+def test_columns_are_nothing_else(column: Any) -> None:
+    data = {"source": "a.csv", "columns": {"text": column}}
+    with pytest.raises(ConfigError, match="expected the name of a column, or its number from 0"):
+        load_recipe({"model": {"preset": "llama-1m"}, "data": data})
+
+
 def test_missing_sections_are_named() -> None:
     message = problems("train: {steps: 3}\n")
     assert "model: missing" in message

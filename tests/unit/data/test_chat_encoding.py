@@ -234,9 +234,13 @@ def test_a_template_without_an_end_is_refused() -> None:
 
 
 def test_a_template_in_which_the_answer_cannot_be_found_is_refused() -> None:
-    counting = "{% for m in messages %}{{ (messages | length) ~ (m.content | length) ~ eos_token }}{% endfor %}"
+    counting = (
+        "{% for m in messages %}{{ (messages | length) ~ (m.content | length) ~ m.content ~ eos_token }}{% endfor %}"
+    )
     with pytest.raises(DataError, match=r"cannot be found in what the chat template writes(.|\n)*generation"):
         ChatFormat(chat_tokenizer(counting))
+    with pytest.raises(DataError, match="does not write out what the assistant says"):
+        ChatFormat(chat_tokenizer(counting.replace("~ m.content ~", "~")))
 
 
 def test_answers_that_the_template_changes_are_not_trained() -> None:

@@ -15,7 +15,7 @@ from trainwright.base.errors import DataError
 from trainwright.data import commands
 from trainwright.data.examples.checks import check_trainable
 from trainwright.data.examples.preview import describe_examples
-from trainwright.data.examples.texts import join_words, record_texts
+from trainwright.data.examples.texts import record_texts
 from trainwright.data.marking import marked_lines, marked_runs
 from trainwright.data.spec import TrainTokenizer
 from trainwright.data.tokenizers import train_tokenizer
@@ -151,10 +151,6 @@ def test_an_end_that_is_never_trained_is_refused(tmp_path: Path) -> None:
 )
 def test_the_texts_of_every_shape(shape: str, record: dict[str, Any], texts: list[str]) -> None:
     assert list(record_texts(shape, record)) == texts
-
-
-def test_words_join_as_they_are_written() -> None:
-    assert join_words(["Hello", ",", "世", "界", "ok"]) == "Hello ,世界ok"
 
 
 # ---- tokenizers for encoders

@@ -247,6 +247,16 @@ def test_bad_rows_stop_with_their_place_or_are_counted(tmp_path: Path) -> None:
     assert f"{path}:3: no column for 'text'; it has label; expected one of text, sentence" in problems.examples[1]
 
 
+@pytest.mark.parametrize("written", ["NaN", "1e999", "-Infinity", "9" * 400])
+def test_labels_that_are_quantities_are_finite(tmp_path: Path, written: str) -> None:
+    path = file(tmp_path, "a.jsonl", f'{{"text": "x", "label": 1.5}}\n{{"text": "y", "label": {written}}}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:2: column 'label' is .*; expected a finite number"):
+        read(path, "labelled")
+    problems = Problems()
+    assert read(path, "labelled", on_error="skip", problems=problems) == [{"text": "x", "label": 1.5}]
+    assert problems.counts == {"bad-label": 1}
+
+
 def test_an_empty_file_is_counted(tmp_path: Path) -> None:
     file(tmp_path, "a.jsonl", "\n")
     file(tmp_path, "b.jsonl", lines({"text": "x", "label": 1}))
@@ -360,6 +370,9 @@ def test_pairs_with_a_label_keep_those_that_belong_together(tmp_path: Path) -> N
     assert (problems.counts, dropped_records(problems)) == ({"pair-apart": 1}, 0)
     path = file(tmp_path, "b.csv", "sentence1,sentence2,label\na,b,3.5\n")
     with pytest.raises(DataError, match=r"b.csv:2: column 'label'.*expected 1 where"):
+        read(path, "anchors")
+    path = file(tmp_path, "d.jsonl", lines({"anchor": "a", "positive": []}))
+    with pytest.raises(DataError, match=r"d.jsonl:1: column 'positive' is an empty list"):
         read(path, "anchors")
     path = file(tmp_path, "c.tsv", "a\tb\nc\td\n")
     assert read(path, "anchors") == [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "d"}]

@@ -112,6 +112,11 @@ def test_tool_calls_of_both_styles(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
         ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, r"\[0\] is 'add\(1\)', which is not JSON"),
         ({"conversations": [{"from": "function_call", "value": "[1]"}]}, r"conversations\[0\] calls a number"),
+        ({"conversations": [{"from": "function_call", "value": "[]"}]}, r"conversations\[0\] calls nothing"),
+        ({"messages": [QUESTION, {**ANSWER, "weight": "0"}]}, r"messages\[1\].weight is text \('0'\); expected 0"),
+        ({"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}, r"messages\[1\].weight is a number"),
+        ({"messages": [QUESTION, {**ANSWER, "reasoning_content": 5}]}, r"messages\[1\].reasoning_content' is a number"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": 5}]}, r"content' is a number.*\n  -> mend the data"),
         ({"conversations": [QUESTION], "tools": "none"}, "column 'tools' is 'none', which is not JSON"),
         ({"instruction": "x", "output": 2}, "column 'output' is a number"),
         ({"instruction": "x", "output": "2", "history": ["a"]}, "column 'history' holds text"),
@@ -130,6 +135,23 @@ def good_like(row: dict[str, Any]) -> dict[str, Any]:
     if "instruction" in row:
         return {"instruction": "1+1?", "output": "2"}
     return {"messages" if "messages" in row else "conversations": [QUESTION, ANSWER]}
+
+
+def test_conversations_that_are_json_in_a_table(tmp_path: Path) -> None:
+    chat = json.dumps([QUESTION, ANSWER]).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'messages\n"{chat}"\n', encoding="utf-8")
+    (found,) = read_records(SourceSpec(str(tmp_path / "a.csv")), "messages")
+    assert found.fields == {"messages": [QUESTION, ANSWER]}
+    (tmp_path / "b.csv").write_text('instruction,output,history\n3,4,"[[""1"",""2""]]"\n', encoding="utf-8")
+    (found,) = read_records(SourceSpec(str(tmp_path / "b.csv")), "messages")
+    assert [message["content"] for message in found.fields["messages"]] == ["1", "2", "3", "4"]
+
+
+def test_the_older_field_of_one_call(tmp_path: Path) -> None:
+    called = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}}
+    (found,) = read(tmp_path, {"messages": [QUESTION, called]})
+    function = {"name": "add", "arguments": {"a": 1}}
+    assert found["messages"][1]["tool_calls"] == [{"type": "function", "function": function}]
 
 
 def test_unknown_roles_are_left_to_the_template(tmp_path: Path) -> None:

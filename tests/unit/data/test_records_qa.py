@@ -133,13 +133,28 @@ def test_a_question_none_of_whose_answers_is_in_the_text(tmp_path: Path) -> None
     [
         ({"id": "1", "answers": []}, "no column for 'question'; it has id, answers"),
         ({"question": "?", "answers": 7.5, "id": "1"}, "no answer stands in the text"),
-        ({"question": "?", "answers": [{"text": "France"}, {"text": "x", "answer_start": "3"}]}, "start is text"),
+        ({"question": "?", "answers": [{"text": "France"}, {"text": "x", "answer_start": "a"}]}, "start is text"),
+        ({"question": "?", "id": "1", "answers": {"text": None, "answer_start": None}}, "as many texts as starts"),
+        (
+            {"question": "?", "id": "1", "answers": [{"text": "", "answer_start": 3}]},
+            "answer is empty.*\n.*is_impossible",
+        ),
+        ({"question": "?", "id": "1", "answers": [], "is_impossible": "maybe"}, "expected true or false"),
         ({"question": "?", "answers": {"text": ["a", "b"], "answer_start": [1]}}, "as many texts as starts"),
     ],
 )
 def test_bad_questions_are_told(tmp_path: Path, question: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=rf"a.json item 1, paragraph 1, question 1: .*{message}"):
         read(tmp_path, squad(question))
+
+
+def test_tables_say_places_and_truths_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rows = ["context,question,answer,answer_start,is_impossible", f'"{CONTEXT}",?,France,36,False']
+    path.write_text("\n".join([*rows, f'"{CONTEXT}",?,,,True', f'"{CONTEXT}",?,France,,0']), encoding="utf-8")
+    found = [dict(record.fields) for record in read_records(SourceSpec(str(path)), "qa")]
+    assert [one["answers"]["answer_start"] for one in found] == [[36], [], [24]]
+    assert [one["is_impossible"] for one in found] == [False, True, False]
 
 
 def test_where_an_answer_stands() -> None:

@@ -64,6 +64,22 @@ def test_words_that_are_spaces_or_marks(tmp_path: Path) -> None:
     assert [one["tokens"] for one in read(path)] == [["北", "京", "\u3000", "#", "\xa0"], [" ", "#1"]]
 
 
+def test_a_mark_of_numbers_may_be_the_first_word(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.conll", "# O\n1 O\nEU B-ORG\n")
+    assert [one["tokens"] for one in read(path)] == [["#", "1", "EU"]]
+    path = file(tmp_path, "b.conll", "# id 1\nEU B-ORG\n1 O\n")
+    assert [one["tokens"] for one in read(path)] == [["EU", "1"]]
+
+
+def test_a_word_without_a_tag_is_named(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.conll", "a\tB-X\nb\tI-X\n\nc\tO\nd\t\n")
+    with pytest.raises(DataError, match=r"a.conll:4: word 2 has no tag"):
+        read(path)
+    problems = Problems()
+    assert len(read(path, on_error="skip", problems=problems)) == 1
+    assert problems.counts == {"bad-tags": 1}
+
+
 def test_a_line_of_another_width_is_named_and_its_sentence_left_out(tmp_path: Path) -> None:
     path = file(tmp_path, "a.conll", "a O\nb O\n\nc O\nd\ne O\n\nf O\n")
     with pytest.raises(DataError, match=r"a.conll:5: 1 columns \('d'\); expected 2, as in the lines before"):
@@ -211,6 +227,25 @@ def test_semeval_with_and_without_relations(tmp_path: Path) -> None:
     problems = Problems()
     assert len(read(broken, "relation", on_error="skip", problems=problems)) == 1
     assert problems.counts == {"bad-entity": 1}
+    twice = file(tmp_path, "d.txt", '1\t"<e1>a</e1> and <e1>b</e1> of <e2>c</e2>"\nOther\n')
+    with pytest.raises(DataError, match=r"d.txt:1: <e1> stands twice"):
+        read(twice, "relation")
+
+
+def test_sentences_with_marks_in_rows(tmp_path: Path) -> None:
+    sentence = "The <e1>child</e1> was wrapped into the <e2>cradle</e2>."
+    path = file(tmp_path, "a.jsonl", lines({"sentence": sentence, "relation": NAME}, {"text": sentence}))
+    assert read(path, "relation") == [RELATION, {key: RELATION[key] for key in ("tokens", "head", "tail")}]
+    path = file(tmp_path, "b.jsonl", lines({"sentence": sentence, "relation": 1}))
+    assert read(path, "relation", names=("Other", NAME)) == [RELATION]
+    with pytest.raises(DataError, match=r"b.jsonl:1: column 'relation' is the number 1, and there are 0 names"):
+        read(path, "relation")
+    path = file(tmp_path, "c.csv", f'text,label\n"{sentence}",Other\nno marks,Other\n')
+    with pytest.raises(DataError, match=r"c.csv:3: no <e1> in 'no marks'"):
+        read(path, "relation")
+    chinese = file(tmp_path, "d.jsonl", lines({"text": "<e2>北京</e2>是<e1>中国</e1>的首都", "relation": "首都"}))
+    (found,) = read(chinese, "relation")
+    assert (found["head"], found["tail"]) == ([3, 5], [0, 2])
 
 
 def test_marks_inside_words_end_them(tmp_path: Path) -> None:

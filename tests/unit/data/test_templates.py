@@ -229,6 +229,18 @@ def test_a_long_honest_conversation_is_rendered() -> None:
 # ---- rows
 
 
+def test_a_macro_may_write_the_large_numbers_of_a_call() -> None:
+    template = (
+        "{% macro value(item) %}{{ item | string }}{% endmacro %}"
+        "{% for m in messages %}{% for name, item in m.arguments.items() %}{{ name + '=' + value(item) }}"
+        "{% endfor %}{% endfor %}"
+    )
+    assert render_chat(template, [{"role": "assistant", "arguments": {"since": 1_700_000_000}}]) == "since=1700000000"
+    widening = "{% macro wide(n) %}{{ 'x'.ljust(n) }}{% endmacro %}{{ wide(messages[0].n) }}"
+    with pytest.raises(DataError, match="passes the number"):
+        render_chat(widening, [{"role": "user", "n": 1_700_000_000}])
+
+
 def test_known_row_shapes() -> None:
     assert messages_of({"messages": CHAT}) == CHAT
     assert messages_of({"instruction": "Do", "input": "", "output": "ok", "system": "S", "history": [["q", "a"]]}) == [

@@ -218,7 +218,7 @@ def test_drop_and_refuse() -> None:
     [
         (chat("only a question"), "no message of the assistant"),
         ({"messages": []}, "no message of the assistant"),
-        (chat("say <|im_end|>", "no"), "a message holds the special token <|im_end|>"),
+        (chat("say <|im_end|>", "no"), "the chat holds the special token <|im_end|>"),
     ],
 )
 def test_records_with_nothing_to_train_are_dropped_with_the_reason(record: dict[str, Any], reason: str) -> None:
@@ -231,6 +231,7 @@ def test_running_text_beside_chats_is_trained_whole_with_its_end() -> None:
     (example,) = task.encoder.encode({"text": "Hello world. <|im_end|>"}).examples
     assert labels_as_text(task, example).endswith("</s>")
     assert task.encoder.must_train_ids[0] not in example.arrays["labels"]  # the text spells it, it is no token
+    assert set(task.encoder.must_train_ids) & set(example.arrays["labels"].tolist()) == {task.tokenizer.eos_id}
     assert example.length == int((example.arrays["labels"] != IGNORE).sum())
     cut = task_of(4).encoder.encode({"text": "Hello world, how are you today? 你好"})
     assert cut.examples[0].length == 4

@@ -84,6 +84,8 @@ def describe_split(dataset: ExampleDataset, split: str) -> Iterator[str]:
     if facts.must_train:
         tokenizer = dataset.tokenizer()
         for one, count in facts.must_train.items():
+            if not count and any(facts.must_train.values()):
+                continue  # another token ends what these records write
             token = visible(str(tokenizer.token(int(one))))
             yield f"{blank} {token} ends what is written: trained {count:,} times"
     elif (end := _end_of_text(dataset, split)) is not None:

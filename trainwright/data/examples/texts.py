@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["join_words", "record_texts"]
+from trainwright.data.records.words import join_words
+
+__all__ = ["record_texts"]
 
 _FIELDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -27,7 +28,7 @@ def record_texts(shape: str, record: Mapping[str, Any]) -> Iterator[str]:
             yield from _strings(message.get("tool_calls"))
         yield from _strings(record.get("tools"))
     elif shape in ("tagged", "relation"):
-        yield record["text"] if isinstance(record.get("text"), str) else join_words(record["tokens"])
+        yield record["text"] if isinstance(record.get("text"), str) else join_words(record["tokens"])[0]
     else:
         for name in _FIELDS[shape]:
             yield from _strings(record.get(name))
@@ -42,17 +43,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from _strings(one)
-
-
-def join_words(words: Iterable[str]) -> str:
-    """Words as a text: a space between them, but not beside a wide (Chinese, Japanese) character."""
-    text = ""
-    for word in words:
-        if text and word and not (_wide(text[-1]) or _wide(word[0])):
-            text += " "
-        text += word
-    return text
-
-
-def _wide(character: str) -> bool:
-    return unicodedata.east_asian_width(character) in ("W", "F")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trainwright.data.records.columns import ABSENT, Columns, as_text, describe
-from trainwright.data.records.messages import message, messages_from, tool_schemas
+from trainwright.data.records.messages import json_list, message, messages_from, tool_schemas
 from trainwright.data.records.opened import Format, Opened, Options
 from trainwright.data.records.record import SHAPES, Record, Unusable
 from trainwright.data.records.running_text import text_formats
@@ -56,7 +56,7 @@ def _refuse_preference(row: Mapping[str, Any]) -> None:
 def _alpaca(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     messages = _system(row, columns)
     history = columns.find(row, "history")
-    history = [] if history is ABSENT or history is None or history == "" else history
+    history = [] if history is ABSENT or history is None or history == "" else json_list(history)
     if not isinstance(history, list):
         raise Unusable("bad-history", f"column 'history' is {describe(history)}; expected [question, answer] pairs")
     for turn in history:
@@ -95,7 +95,7 @@ def _reader(convert: _Convert) -> Callable[[Opened], Iterator[Record]]:
 def _list_in(key: str) -> Callable[[Sequence[Mapping[str, Any]], Options], bool]:
     def matches(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
         columns = Columns(_SHAPE, options.columns)
-        return any(columns.has(row, key) and isinstance(columns.find(row, key), list) for row in head)
+        return any(columns.has(row, key) and isinstance(json_list(columns.find(row, key)), list) for row in head)
 
     return matches
 

@@ -107,13 +107,11 @@ def _reach(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def as_text(value: Any, column: str) -> str:
-    """A string that UTF-8 can write. Raises Unusable."""
+    """A string that UTF-8 can write. Raises Unusable; `column` may be a place inside one: `messages[0].content`."""
     if not isinstance(value, str):
-        raise Unusable(
-            "not-a-string",
-            f"column {column!r} is {describe(value)}; expected text",
-            f"name another column: data.columns: {{{column}: ...}}, or mend the data",
-        )
+        hint = f"name another column: data.columns: {{{column}: ...}}, or mend the data"
+        what = f"column {column!r} is {describe(value)}; expected text"
+        raise Unusable("not-a-string", what, hint if column.isidentifier() else None)
     check_unicode(value, f"column {column!r}")
     return value
 

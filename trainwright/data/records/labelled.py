@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -38,7 +39,7 @@ def _label(value: Any, options: Options, *, numeric: bool = False) -> Any:
             return _number(value)
         return _name(value, options)
     if isinstance(value, float) or (numeric and isinstance(value, int)):
-        return float(value)
+        return _finite(value)
     return _name(value, options)
 
 
@@ -76,7 +77,18 @@ def _name(value: Any, options: Options) -> str:
 def _number(value: str) -> float:
     if _NUMBER.fullmatch(value.strip()) is None:
         raise Unusable("bad-label", f"column 'label' is {value!r:.60}; the labels before it are numbers")
-    return float(value)
+    return _finite(value)
+
+
+def _finite(value: float | str) -> float:
+    """A label that is a quantity."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise Unusable("bad-label", f"column 'label' is {value!r:.60}; expected a finite number")
+    return number
 
 
 def _are_numbers(labels: Sequence[Any], options: Options) -> bool:

@@ -11,7 +11,7 @@ from trainwright.base.text import nearest
 from trainwright.data.records.columns import ABSENT, Columns, as_text, describe
 from trainwright.data.records.record import Unusable
 
-__all__ = ["message", "messages_from", "tool_schemas"]
+__all__ = ["json_list", "message", "messages_from", "tool_schemas"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _SYNONYMS = {
@@ -23,7 +23,7 @@ _SYNONYMS = {
     "observation": "tool",
     "function_response": "tool",
 }
-_CALLS = "function_call"  # ShareGPT's turn of an assistant that calls tools
+_CALLS = "function_call"  # ShareGPT's turn of an assistant that calls tools, and OpenAI's older field of one call
 _KEPT = ("name", "tool_call_id", "reasoning_content", "weight")
 
 
@@ -32,8 +32,18 @@ def message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def json_list(value: Any) -> Any:
+    """The list that a text holds as JSON, as tables have it; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 def messages_from(chat: Any, column: str, columns: Columns) -> list[dict[str, Any]]:
-    """Messages of (role, content) or (from, value) objects. Raises Unusable, naming the message from 0."""
+    """Messages of (role, content) or (from, value) objects, which may be written as JSON in a text. Raises Unusable,
+    naming the message from 0."""
+    chat = json_list(chat)
     if not isinstance(chat, (list, tuple)):
         raise Unusable("bad-message", f"column {column!r} is {describe(chat)}; expected a list of messages")
     messages = []
@@ -64,7 +74,11 @@ def _one(item: Mapping[str, Any], role: str, content: Any, place: str) -> dict[s
         if meant is not None:
             raise Unusable("bad-message", f"{place} has the role {role!r}; did you mean {meant!r}?")
     kept = {name: item[name] for name in _KEPT if item.get(name) is not None}
-    written = item.get("tool_calls")
+    if "reasoning_content" in kept:
+        as_text(kept["reasoning_content"], f"{place}.reasoning_content")
+    if kept.get("weight", 1) not in (0, 1):
+        raise Unusable("bad-message", f"{place}.weight is {describe(kept['weight'])}; expected 0 (not trained) or 1")
+    written = item.get("tool_calls") or item.get(_CALLS)  # OpenAI's older name has one call
     if written:
         kept["tool_calls"] = tool_calls(written, place)
     return {"role": role, "content": _content(content, place, empty_allowed=bool(written)), **kept}
@@ -104,6 +118,8 @@ def _parsed(value: Any, place: str) -> Any:
 def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
     """Calls as {"type": "function", "function": {"name", "arguments": object}}, with the id where there is one."""
     calls = []
+    if value == []:
+        raise Unusable("bad-tool-call", f"{place} calls nothing; expected an object with name and arguments")
     for item in value if isinstance(value, list) else [value]:
         called = item.get("function", item) if isinstance(item, Mapping) else None
         if not isinstance(called, Mapping) or not isinstance(called.get("name"), str):

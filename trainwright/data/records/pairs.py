@@ -62,7 +62,9 @@ def _anchors(row: Mapping[str, Any], columns: Columns, opened: Opened, where: st
         opened.note("pair-apart", f"{where}: the label {label!r} says that the two do not belong together")
         return []
     anchor = columns.text(row, "anchor")
-    positives = columns.need(row, "positive")
+    positives = _texts(columns.need(row, "positive"), "positive")
+    if not positives:
+        raise Unusable("empty-side", "column 'positive' is an empty list; expected a text")
     found = columns.find(row, "negatives")
     negatives = [] if found is ABSENT or found is None or found == "" else _texts(found, "negatives")
     number = 1
@@ -71,7 +73,7 @@ def _anchors(row: Mapping[str, Any], columns: Columns, opened: Opened, where: st
             negatives.append(as_text(row[f"negative_{number}"], "negatives"))
         number += 1
     made = []
-    for positive in _texts(positives, "positive"):
+    for positive in positives:
         fields: dict[str, Any] = {"anchor": anchor, "positive": positive}
         if not anchor.strip() or not positive.strip():
             raise Unusable("empty-side", "the anchor or the positive is empty; expected a text in both")

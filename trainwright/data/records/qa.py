@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = ["QA", "locate"]
 _SHAPE = SHAPES["qa"]
 _EDGES = " \t\r\n\u3000。，、；：！？,.;:!?\"'“”‘’《》"
 """What annotators put before or behind an answer without its being in the text."""
+_TRUTHS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 
 
 def locate(context: str, answer: str, start: int) -> tuple[int, str] | None:
@@ -40,7 +42,8 @@ def _written_answers(value: Any) -> list[tuple[str, int]]:
         texts, starts = value.get("text", []), value.get("answer_start", [])
         if isinstance(texts, str):
             texts, starts = [texts], [starts]
-        starts = starts if starts not in ([], None) else [-1] * len(texts)
+        if isinstance(texts, list) and starts in ([], None):
+            starts = [-1] * len(texts)
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
             raise Unusable("bad-answers", f"column 'answers' is {describe(value)}; expected as many texts as starts")
         return [_answer(text, start) for text, start in zip(texts, starts, strict=True)]
@@ -57,6 +60,8 @@ def _written_answers(value: Any) -> list[tuple[str, int]]:
 def _answer(text: Any, start: Any) -> tuple[str, int]:
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         text = str(text)  # CMRC 2018 holds answers that a spreadsheet took for numbers
+    if isinstance(start, str) and re.fullmatch(r"\d{1,18}", start):  # a cell of a table
+        start = int(start)
     if isinstance(start, bool) or not isinstance(start, int):
         raise Unusable("bad-answers", f"an answer's start is {describe(start)}; expected a character from 0")
     return as_text(text, "answers"), start
@@ -69,18 +74,24 @@ def _located(written: Sequence[tuple[str, int]], context: str, opened: Opened, w
     starts: list[int] = []
     for text, start in written:
         found = locate(context, text, start)
-        seen = f"answer {text!r:.60} is not at character {start}"
+        seen = f"answer {text!r:.60} is not at character {start}" if start >= 0 else f"answer {text!r:.60} is not there"
         if found is None:
-            opened.note("answer-dropped", f"{where}: {seen}, nor elsewhere in the text")
+            elsewhere = ", nor elsewhere in the text" if start >= 0 else ""
+            opened.note("answer-dropped", f"{where}: {seen}{elsewhere}")
             continue
         if (start >= 0 and found != (start, text)) or (start < 0 and found[1] != text):
             opened.note("offset-repaired", f"{where}: {seen}; found {found[1]!r:.60} at {found[0]}")
         starts.append(found[0])
         texts.append(found[1])
     if written and not texts:
+        if not any(text for text, _ in written):
+            hint = "a question without an answer has is_impossible: true, or an empty list of answers"
+            raise Unusable("answer-not-found", "the answer is empty; expected a part of the context", hint)
+        text, start = written[0]
+        place = f" should be at {start}" if start >= 0 else ""
         raise Unusable(
             "answer-not-found",
-            f"no answer stands in the text ({written[0][0]!r:.60} should be at {written[0][1]})",
+            f"no answer stands in the text ({text!r:.60}{place})",
             "offsets are in characters from 0; answers must be parts of the context",
         )
     return {"text": texts, "answer_start": starts}
@@ -90,8 +101,7 @@ def _with_answers(
     fields: dict[str, Any], answers: Any, impossible: Any, opened: Opened, where: str, *, empty_is_impossible: bool
 ) -> dict[str, Any]:
     """A record with what is known of its answer."""
-    if impossible is ABSENT or impossible is None:
-        impossible = None
+    impossible = _truth(impossible)
     if impossible:
         return {**fields, "answers": {"text": [], "answer_start": []}, "is_impossible": True}
     if answers is ABSENT or answers is None:
@@ -103,6 +113,16 @@ def _with_answers(
         return {**fields, "answers": {"text": [], "answer_start": []}, "is_impossible": True}
     known = {} if impossible is None else {"is_impossible": False}
     return {**fields, "answers": _located(written, fields["context"], opened, where), **known}
+
+
+def _truth(value: Any) -> bool | None:
+    """`is_impossible` as it is, or as a table or a number says it; None where it is not given."""
+    key = value.strip().lower() if isinstance(value, str) else value
+    if key is ABSENT or key is None or key == "":
+        return None
+    if isinstance(key, (bool, int, float, str)) and key in _TRUTHS:
+        return _TRUTHS[key]
+    raise Unusable("bad-answers", f"column 'is_impossible' is {describe(value)}; expected true or false")
 
 
 def _from_rows(opened: Opened) -> Iterator[Record]:
@@ -118,7 +138,7 @@ def _from_rows(opened: Opened) -> Iterator[Record]:
         if isinstance(title, str) and title:
             fields["title"] = title
         answers = columns.find(row, "answers")
-        if isinstance(answers, str) and isinstance(row.get("answer_start"), int):
+        if isinstance(answers, str) and row.get("answer_start") not in (None, ""):
             answers = {"text": [answers], "answer_start": [row["answer_start"]]}
         impossible = columns.find(row, "is_impossible")
         return [_with_answers(fields, answers, impossible, opened, where, empty_is_impossible=True)]

@@ -1,4 +1,5 @@
-"""Two entities of a sentence and the relation between them: SemEval 2010 task 8, TACRED's keys, and plain rows."""
+"""Two entities of a sentence and the relation between them: SemEval 2010 task 8, marked sentences, TACRED's keys, and
+plain rows."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ _MARKS = re.compile(r"</?e[12]>")
 _ENDS = ("subj_start", "subj_end", "obj_start", "obj_end")
 
 
-def _record(tokens: list[str], head: Sequence[int], tail: Sequence[int], relation: Any) -> dict[str, Any]:
+def _record(
+    tokens: list[str], head: Sequence[int], tail: Sequence[int], relation: Any, names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A record; a relation that is a number is looked up in `names`."""
     for name, (start, end) in (("head", head), ("tail", tail)):
         if not 0 <= start < end <= len(tokens):
             raise Unusable(
@@ -29,8 +33,20 @@ def _record(tokens: list[str], head: Sequence[int], tail: Sequence[int], relatio
             )
     fields: dict[str, Any] = {"tokens": tokens, "head": list(head), "tail": list(tail)}
     if relation is not ABSENT and relation is not None:
-        fields["relation"] = as_text(relation, "relation")
+        fields["relation"] = _relation(relation, names)
     return fields
+
+
+def _relation(value: Any, names: Sequence[str]) -> str:
+    if type(value) is not int:
+        return as_text(value, "relation")
+    if not 0 <= value < len(names):
+        raise Unusable(
+            "bad-label",
+            f"column 'relation' is the number {value}, and there are {len(names)} names of relations",
+            "give the names in order: data.names: [Other, ...]",
+        )
+    return names[value]
 
 
 def _tokens(value: Any) -> list[str]:
@@ -67,7 +83,8 @@ def _from_rows(opened: Opened) -> Iterator[Record]:
             head, tail = (_words_at(place, offsets, key) for place, key in ((head, "head"), (tail, "tail")))
         else:
             tokens = _tokens(words)
-        return [{**_record(tokens, head, tail, columns.find(row, "relation")), **columns.extras(row)}]
+        relation = columns.find(row, "relation")
+        return [{**_record(tokens, head, tail, relation, opened.options.names), **columns.extras(row)}]
 
     yield from opened.read_each(convert)
 
@@ -85,14 +102,15 @@ def _from_tacred(opened: Opened) -> Iterator[Record]:
     columns = Columns(_SHAPE, opened.options.columns)
 
     def convert(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-        places = [row.get(name) for name in _ENDS]
-        for name, place in zip(_ENDS, places, strict=True):
+        ends = [row.get(name) for name in _ENDS]
+        for name, place in zip(_ENDS, ends, strict=True):
             if type(place) is not int:
                 raise Unusable("bad-entity", f"column {name!r} is {describe(place)}; expected the number of a word")
-        head_start, head_end, tail_start, tail_end = (int(place or 0) for place in places)
+        head_start, head_end, tail_start, tail_end = (int(place or 0) for place in ends)
         tokens = _tokens(columns.need(row, "tokens"))
         relation = columns.find(row, "relation")
-        fields = _record(tokens, (head_start, head_end + 1), (tail_start, tail_end + 1), relation)
+        places = (head_start, head_end + 1), (tail_start, tail_end + 1)
+        fields = _record(tokens, *places, relation, opened.options.names)
         return [{**fields, **columns.extras(row)}]
 
     yield from opened.read_each(convert)
@@ -131,7 +149,32 @@ def _finished(waiting: tuple[int, str, str] | None, relation: Any, opened: Opene
         opened.report(opened.where(number), error)
 
 
-def _marked(sentence: str, relation: Any) -> dict[str, Any]:
+def _sentence(row: Mapping[str, Any], columns: Columns) -> Any:
+    """The text of a row; a list where it has words."""
+    words = columns.find(row, "tokens")
+    return row.get("text") if words is ABSENT else words
+
+
+def _from_marked(opened: Opened) -> Iterator[Record]:
+    columns = Columns(_SHAPE, opened.options.columns)
+
+    def convert(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+        sentence = as_text(_sentence(row, columns), "sentence")
+        fields = _marked(sentence, columns.find(row, "relation"), opened.options.names)
+        return [{**fields, **columns.extras(row)}]
+
+    yield from opened.read_each(convert)
+
+
+def _is_marked(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
+    columns = Columns(_SHAPE, options.columns)
+    if any(columns.has(row, "head", "tail") for row in head):
+        return False
+    found = [_sentence(row, columns) for row in head]
+    return any(isinstance(text, str) and {"<e1>", "<e2>"} <= set(_MARKS.findall(text)) for text in found)
+
+
+def _marked(sentence: str, relation: Any, names: Sequence[str] = ()) -> dict[str, Any]:
     """Words of a sentence whose entities stand between <e1> </e1> and <e2> </e2>; marks end words."""
     tokens: list[str] = []
     places: dict[str, int] = {}
@@ -140,12 +183,14 @@ def _marked(sentence: str, relation: Any) -> dict[str, Any]:
         piece = sentence[at : mark.start() if mark else len(sentence)]
         tokens += [piece[start:end] for start, end in split_words(piece)]
         if mark:
+            if mark.group() in places:
+                raise Unusable("bad-entity", f"{mark.group()} stands twice in {sentence!r:.60}; expected it once")
             places[mark.group()] = len(tokens)
             at = mark.end()
     missing = [mark for mark in ("<e1>", "</e1>", "<e2>", "</e2>") if mark not in places]
     if missing:
         raise Unusable("bad-entity", f"no {missing[0]} in {sentence!r:.60}; expected <e1>..</e1> and <e2>..</e2>")
-    return _record(tokens, (places["<e1>"], places["</e1>"]), (places["<e2>"], places["</e2>"]), relation)
+    return _record(tokens, (places["<e1>"], places["</e1>"]), (places["<e2>"], places["</e2>"]), relation, names)
 
 
 RELATION: tuple[Format, ...] = (
@@ -164,6 +209,14 @@ RELATION: tuple[Format, ...] = (
         ("token", *_ENDS, "relation"),
         _is_tacred,
         _from_tacred,
+    ),
+    Format(
+        "marked",
+        "rows",
+        "sentence (or text) with <e1>marks</e1> and <e2>marks</e2>, relation",
+        ("sentence", "relation"),
+        _is_marked,
+        _from_marked,
     ),
     Format(
         "relation",

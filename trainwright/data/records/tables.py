@@ -30,7 +30,7 @@ def looks_like_rows(shape: Shape, *keys: str) -> Callable[[Sequence[Mapping[str,
 def has_header(cells: Sequence[str], shape: Shape, options: Options) -> bool:
     """Whether the first row names columns: one of them is a name that the shape or `data.columns` knows."""
     known = {name for names in shape.columns.values() for name in names}
-    given = {str(name) for name in options.columns.values() if not str(name).isdigit()}
+    given = {str(name) for name in options.columns.values() if not str(name).isdecimal()}
     return any(cell.strip().lower() in known or cell.strip() in given for cell in cells)
 
 
@@ -61,7 +61,7 @@ def _said(places: Mapping[str, int]) -> str:
 def _given(opened: Opened) -> dict[str, int]:
     places = {}
     for key, place in opened.options.columns.items():
-        if not str(place).isdigit():
+        if not str(place).isdecimal():
             raise DataError(
                 f"{opened.shard.url}:1: no column {place!r}: the file has no header that names it",
                 hint=f"count the columns from 0: data.columns: {{{key}: 0}}",

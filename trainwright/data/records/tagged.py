@@ -29,6 +29,8 @@ _Sentence = tuple[int, list[str], list[str]]
 
 def _in_iob2(tags: Sequence[str], scheme: str, opened: Opened, where: str) -> list[str]:
     """Tags in IOB2. Sequences that the scheme forbids are mended and counted, or refused where problems stop."""
+    if "" in tags:
+        raise Unusable("bad-tags", f"word {tags.index('') + 1} has no tag; expected a tag for every word")
     try:
         wrong = violations(tags, scheme)
         converted = convert_tags(tags, scheme)
@@ -70,8 +72,11 @@ def _cells(line: str) -> list[str]:
 
 
 def _is_comment(cells: Sequence[str], width: int, line: str) -> bool:
-    bare = line.startswith("#") and "\t" not in line
-    return bare and (len(cells) != width or "=" in line or cells[1] == "id")
+    if not line.startswith("#") or "\t" in line:
+        return False
+    if not width and len(cells) > 1 and _TAG.fullmatch(cells[-1]):
+        return False  # the first line of all: the word # and its tag
+    return len(cells) != width or "=" in line or cells[1] == "id"
 
 
 def _sentences(opened: Opened) -> Iterator[_Sentence]:
