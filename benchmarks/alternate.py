@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Any
 
 __all__ = ["Contender", "alternate", "take_turns"]
 
@@ -23,12 +23,16 @@ class Contender:
     Args:
         name: shown in the table; the script is started again with `--side NAME` to be this side.
         arguments: further arguments of that process.
+        python: the interpreter that runs it, where the side lives in an environment of its own.
+        values: what it reported of its steps; `warmup_values` of those before the first turn.
     """
 
     name: str
     arguments: Sequence[str] = ()
+    python: str = sys.executable
     seconds_of_turns: list[list[float]] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+    warmup_values: list[Any] = field(default_factory=list)
     _process: subprocess.Popen[str] | None = None
 
     def seconds(self) -> float:
@@ -42,7 +46,7 @@ class Contender:
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, sys.argv[0], "--side", self.name, *self.arguments],
+            [self.python, sys.argv[0], "--side", self.name, *self.arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -75,7 +79,7 @@ def alternate(contenders: Sequence[Contender], *, turns: int, steps: int, warmup
             contender.start()
             contender.turn(warmup)
             contender.seconds_of_turns.clear()
-            contender.values.clear()
+            contender.warmup_values, contender.values = contender.values, []
             print(f"warmed up: {contender.name}", flush=True)
         for number in range(turns):
             for contender in contenders:
@@ -92,11 +96,12 @@ class _Over(Exception):
 
 
 def take_turns(train: Callable[[Callable[..., None]], None]) -> None:
-    """Be a side: `train` trains for ever and calls its argument after every step, with a number to report if wanted."""
+    """Be a side: `train` trains for ever and calls its argument after every step, with what JSON can hold to report of
+    it, if anything."""
     reports: IO[str] = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the side prints must not get between the reports
     seconds: list[float] = []
-    values: list[float] = []
+    values: list[Any] = []
     wanted = 0
     last = 0.0
 
@@ -108,7 +113,7 @@ def take_turns(train: Callable[[Callable[..., None]], None]) -> None:
         wanted = int(line)
         last = time.perf_counter()
 
-    def step_done(value: float | None = None) -> None:
+    def step_done(value: Any = None) -> None:
         nonlocal last
         seconds.append(time.perf_counter() - last)
         if value is not None:

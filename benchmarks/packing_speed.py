@@ -25,7 +25,7 @@ def as_text(source: Path, target: Path) -> int:
     with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
         for line in lines:
             row = json.loads(line)
-            out.write(json.dumps({"text": f"{row['instruction']}\n\n{row['text']}"}, ensure_ascii=False) + "\n")
+            out.write(json.dumps({"text": f"{row['instruction']}\n\n{row['output']}"}, ensure_ascii=False) + "\n")
             count += 1
     return count
 

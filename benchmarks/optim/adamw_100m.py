@@ -14,7 +14,6 @@ plain `a += b` of as many numbers, 12 bytes each: no step can move its bytes muc
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,19 +101,6 @@ SIDES: dict[str, tuple[Callable[[], Callable[[], object]], int]] = {
 """What to run, and how many bytes a parameter it has to move."""
 
 
-class OtherPython(Contender):
-    """A side in another environment's Python."""
-
-    def __init__(self, name: str, python: str) -> None:
-        super().__init__(name)
-        self.python = python
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [self.python, sys.argv[0], "--side", self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-
 def side(name: str) -> None:
     def train(step_done: Callable[..., None]) -> None:
         step = SIDES[name][0]()
@@ -140,7 +126,7 @@ def main() -> None:
         if not name.startswith(THEIRS):
             contenders.append(Contender(name))
         elif arguments.deepspeed_python:
-            contenders.append(OtherPython(name, arguments.deepspeed_python))
+            contenders.append(Contender(name, python=arguments.deepspeed_python))
     alternate(contenders, turns=arguments.turns, steps=arguments.steps, warmup=2)
     count = sum(torch.Size(shape).numel() for _, shape in shapes())
     print(f"\n{count / 1e6:.1f}M parameters, {torch.get_num_threads()} threads, torch {torch.__version__}\n")

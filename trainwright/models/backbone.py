@@ -13,6 +13,7 @@ from trainwright.base.errors import ModelError
 from trainwright.models.attention import SelfAttention
 from trainwright.models.dropout import DropoutPlace, join_place
 from trainwright.ops.attention.choose import check_backend
+from trainwright.ops.labelled_rows import labelled_rows
 from trainwright.ops.linear_cross_entropy import LossSums, linear_cross_entropy
 
 __all__ = ["Backbone"]
@@ -129,8 +130,11 @@ class Backbone(nn.Module, ABC):
         )
 
     def head_inputs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the output projection gets for hidden [N, D], and the labels of it; rows without one may be left out."""
-        return hidden, labels
+        """What the output projection gets for hidden [N, D], and the labels of it; rows without one may be left out.
+
+        Here they are on a CPU. Elsewhere counting them would hold the host up in every micro-batch.
+        """
+        return labelled_rows(hidden, labels) if labels.device.type == "cpu" else (hidden, labels)
 
     @property
     def head_weight(self) -> Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from trainwright.models.backbone import Backbone
 from trainwright.models.task_heads import real_tokens
-from trainwright.ops.contents import has_contents
+from trainwright.ops.labelled_rows import labelled_rows
 
-__all__ = ["Encoder", "MaskedHead", "labelled_rows"]
+__all__ = ["Encoder", "MaskedHead"]
 
 
 class MaskedHead(nn.Module, ABC):
@@ -83,21 +82,3 @@ class Encoder(Backbone):
         projection = self.language_head
         logits: Tensor = projection(self.lm_head.transform(hidden))
         return logits
-
-
-def labelled_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of hidden [N, D] whose label [N] is not -100, and their labels: of masked language modelling 15 %.
-
-    Their number is rounded up to a sixteenth of N (with unlabelled rows), so that few shapes occur: a compiled loss is
-    compiled once for each. Where labels have no contents (a dry run), all rows are taken.
-    """
-    count = labels.shape[0]
-    if not has_contents(labels) or count < 64:
-        return hidden, labels
-    step = -(-count // 16)
-    chosen = int((labels != -100).sum())
-    wanted = min(count, -(-max(chosen, 1) // step) * step)
-    if wanted == count:
-        return hidden, labels
-    order = (labels == -100).to(torch.int8).argsort(stable=True)[:wanted]
-    return hidden[order], labels[order]

@@ -20,6 +20,7 @@ from trainwright.base.errors import ModelError
 __all__ = [
     "Gradients",
     "LossSums",
+    "any_number_of_rows",
     "auto_chunk_tokens",
     "capped",
     "check_shapes",
@@ -75,8 +76,8 @@ def linear_cross_entropy(
     chunk_tokens: default `auto_chunk_tokens`. Products run in the autocast dtype if autocast is on, else in the dtype
     of hidden; softmax statistics are fp32 and the gradient of the weight is summed in fp32. Gradients are made in the
     forward pass, in memory of hidden and weight; with torch.no_grad() none are. compiled: what lies between the
-    products runs under torch.compile (recompiles once for each shape of chunk). Raises ModelError when the shapes do
-    not fit.
+    products runs under torch.compile, one graph for chunks of any number of tokens. Raises ModelError when the shapes
+    do not fit.
     """
     check_shapes("linear_cross_entropy", hidden, weight, labels, bias)
     compute = compute_type(hidden)
@@ -185,14 +186,15 @@ def _forward(
             tokens = torch.arange(len(targets), device=targets.device)
             chosen = raw[tokens, targets]
             counts = (labels[inside] != options.ignore_index).to(wide)
+            if options.compiled:
+                any_number_of_rows(raw, chosen, counts)
             row_sums, logits_grad, chosen_grad = statistics(
                 raw, chosen, counts, options.label_smoothing, options.z_loss, options.softcap, any(wanted)
             )
             rows.append(row_sums)
             if any(wanted):
-                logits_grad[tokens, targets] = (
-                    chosen_grad  # not scatter_: on CPU that copies all of a bf16 tensor, twice
-                )
+                # Not scatter_: on CPU that copies all of a bf16 tensor, twice.
+                logits_grad[tokens, targets] = chosen_grad
             if hidden_grad is not None:
                 torch.mm(logits_grad, head, out=hidden_grad[inside])
             if weight_grad is not None:
@@ -253,6 +255,14 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 @lru_cache(maxsize=1)
 def _compiled_statistics() -> Any:
     return torch.compile(_statistics, dynamic=False)
+
+
+def any_number_of_rows(*tensors: Tensor) -> None:
+    """Tell the compiler that the first size of these is not a constant: how many tokens are trained differs from batch
+    to batch, and after eight shapes it would compile no more. From the first call on, so that the bits of a result do
+    not depend on which shape came first."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def linear_cross_entropy_reference(

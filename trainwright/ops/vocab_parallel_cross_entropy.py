@@ -19,6 +19,7 @@ from trainwright.base.errors import ModelError
 from trainwright.ops.linear_cross_entropy import (
     Gradients,
     LossSums,
+    any_number_of_rows,
     auto_chunk_tokens,
     capped,
     check_shapes,
@@ -118,9 +119,13 @@ def _forward(
             targets = torch.where(here, own, 0)
             tokens = torch.arange(len(targets), device=targets.device)
             chosen = raw[tokens, targets]
-            gathered = part.gather(summarise(raw, chosen, here.to(wide), options.softcap))
-            counts = counted[inside].to(wide)
+            own_labels, counts = here.to(wide), counted[inside].to(wide)
+            if options.compiled:
+                any_number_of_rows(raw, chosen, own_labels, counts)
+            gathered = part.gather(summarise(raw, chosen, own_labels, options.softcap))
             merged = _merge(gathered, counts, part.total, options)
+            if options.compiled:
+                any_number_of_rows(merged.logsumexp)
             totals.append(merged.sums)
             if not any(wanted):
                 continue

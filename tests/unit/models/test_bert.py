@@ -24,7 +24,6 @@ from trainwright.models import (
     preset,
     save_pretrained,
 )
-from trainwright.models.encoder import labelled_rows
 from trainwright.parallel.tensor.legality import legal_degrees
 from trainwright.planner.model_facts import model_facts
 
@@ -134,22 +133,6 @@ def test_the_loss_of_labelled_tokens_is_that_of_all_logits(tied: bool, options: 
     assert int(sums.count) == int((labels != -100).sum())
     for ours, other in zip(found, theirs, strict=True):
         assert torch.allclose(ours, other, rtol=1e-8, atol=1e-10)
-
-
-def test_only_labelled_rows_are_computed_in_few_shapes() -> None:
-    hidden = torch.arange(1600.0)[:, None]
-    shapes = set()
-    for seed in range(40):
-        labels = torch.randint(9, (1600,))
-        labels[torch.rand(1600, generator=torch.Generator().manual_seed(seed)) > 0.15] = -100
-        some, chosen = labelled_rows(hidden, labels)
-        assert torch.equal(some[chosen >= 0].flatten(), hidden[labels >= 0].flatten())
-        shapes.add(len(chosen))
-    assert shapes <= {200, 300, 400}
-    none = torch.full((1600,), -100)
-    assert len(labelled_rows(hidden, none)[1]) == 100
-    assert labelled_rows(hidden, torch.zeros(1600))[0] is hidden
-    assert labelled_rows(hidden.to("meta"), none.to("meta"))[0].shape == hidden.shape
 
 
 def test_dropout_goes_by_row_and_token_wherever_they_are() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainwright.base.errors import ModelError
-from trainwright.models.encoder import labelled_rows
 from trainwright.models.heads import HeadSpec
 from trainwright.models.hugging_face.cache import HuggingFaceCache
 from trainwright.models.hugging_face.config import HuggingFaceConfig
@@ -31,6 +31,7 @@ from trainwright.models.hugging_face.inputs import (
 from trainwright.models.hugging_face.library import TRUNKS
 from trainwright.models.hugging_face.proofs import find_packing, prove_tail
 from trainwright.models.hugging_face.structure import build_module, non_persistent_buffers, structure
+from trainwright.ops.labelled_rows import labelled_rows
 from trainwright.ops.linear_cross_entropy import LossSums
 
 __all__ = ["HuggingFaceModel", "build_hugging_face"]
@@ -149,7 +150,10 @@ class HuggingFaceModel(nn.Module):
         projection = self.output_projection
         if projection is None:
             raise ModelError(f"{type(self).__name__} has no output projection, so it gives no words")
-        if self.config.kind == "masked_lm":  # few tokens are labelled, and the others cost as much
+        # The others cost as much. Counting them waits for a device, which only few labels are worth; and ranks that
+        # divide the projection go through its chunks together.
+        whole = not isinstance(getattr(projection, "weight", None), DTensor)
+        if self.config.kind == "masked_lm" or (whole and labels.device.type == "cpu"):
             hidden, labels = labelled_rows(hidden, labels)
         return projection_loss(
             self,
