@@ -99,7 +99,7 @@ def _subject(loaded: Any) -> _Subject:
     source = model_source(loaded.recipe.model)
     data = estimate_data(build_spec(loaded.recipe.data, model_tokenizer=source.tokenizer))
     config = source.config_for(data.vocab_size, data.sequence_length)
-    facts = model_facts(config, data.sequence_length)
+    facts = model_facts(config, data.sequence_length, loaded.recipe)
     # The fewest ranks that the degrees of the recipe take: one, unless the model is divided.
     machine = replace(machine_facts(), ranks=loaded.recipe.parallel.model_ranks * _row_ranks(loaded.recipe))
     problem = None
@@ -195,6 +195,9 @@ def _layouts(subject: _Subject, world: int) -> list[Layout]:
 
 def _show(subject: _Subject, rows: list[dict[str, Any]], refused: dict[int, str]) -> None:
     settings = subject.settings
+    training = subject.facts.training
+    if training is not None and not training.is_whole:
+        print(f"trained: {training.what}")
     print(
         f"{subject.facts.parameters:,} parameters, {settings.precision}, {settings.optimizer},"
         f" recompute {settings.recompute}; {settings.micro_rows} x {settings.sequence_length} tokens at a time\n"
@@ -224,25 +227,33 @@ def _measured(subject: _Subject) -> tuple[MemoryReport, dict[str, int]]:
     from trainwright.comm import ALONE
     from trainwright.engine import compile_blocks, precision
     from trainwright.engine.assemble import hold, recompute
+    from trainwright.engine.materialise import materialise
     from trainwright.engine.options import optimizer_options
     from trainwright.memory import ActivationMeter, count_memory, place_state
     from trainwright.models import build_model
+    from trainwright.models.initialise import initial_values
     from trainwright.optim import build_optimizer
+    from trainwright.optim.groups import freeze
     from trainwright.planner.memory import predict_rank_memory
     from trainwright.tasks import CausalLM
+    from trainwright.trainer.adapters import adapt
 
     recipe, settings = subject.recipe, subject.settings
     device = torch.device(device_facts().kind)
     policy = precision(recipe.precision.name)
-    model = build_model(subject.config, device=device, dtype=policy.parameter_dtype).train()
+    seed = recipe.train.seed
+    options = optimizer_options(recipe.optim, recipe.precision, seed=seed, freeze=recipe.train.freeze)
+    model = build_model(subject.config, device="meta", dtype=policy.parameter_dtype).train()
     model.set_attention_backend(recipe.model.attention)
+    first = initial_values(subject.config, seed)
+    values = adapt(model, recipe.adapter, first, compute=policy.compute_dtype, device=device, seed=seed)
+    freeze(model.named_parameters(remove_duplicate=False), options)
     hold(model, policy, recipe.precision, ALONE)
+    materialise(model, device, values)
     recompute(model, recipe.memory, ALONE)
     if recipe.train.compile is True:
         compile_blocks(model)
-    optimizer = build_optimizer(
-        model.named_parameters(), optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed)
-    )
+    optimizer = build_optimizer(model.named_parameters(remove_duplicate=False), options)
     placed = place_state(optimizer, recipe.memory.optimizer_state, folder=recipe.memory.nvme_path)
     task = CausalLM(compiled=recipe.train.compile is True)
     shape = (settings.micro_rows, settings.sequence_length)

@@ -22,16 +22,17 @@ class ThroughputMeter:
     """Rates over the last `window` steps.
 
     Args:
-        flops_per_token: floating-point operations per trained token, forward and backward (`models.count_flops`).
-        peak_flops: what the machine reached in a measured matrix product of the run's precision, FLOP/s.
+        flops_per_step: floating-point operations of a step on all ranks, forward and backward, as far as the run
+            computes them (`Plan.flops_per_step`). What is counted as a trained token does not matter to it.
+        peak_flops: what the ranks together reached in a measured matrix product of the run's precision, FLOP/s.
         window: steps that the rates look back.
         skip: first steps of the process left out of the rates: they compile and warm up caches.
     """
 
     def __init__(
-        self, *, flops_per_token: float = 0.0, peak_flops: float = 0.0, window: int = 50, skip: int = 2
+        self, *, flops_per_step: float = 0.0, peak_flops: float = 0.0, window: int = 50, skip: int = 2
     ) -> None:
-        self.flops_per_token = flops_per_token
+        self.flops_per_step = flops_per_step
         self.peak_flops = peak_flops
         self._left_out = skip
         self._steps: deque[_Step] = deque(maxlen=window)
@@ -68,10 +69,10 @@ class ThroughputMeter:
     @property
     def mfu(self) -> float | None:
         """Model FLOP/s utilisation (2204.02311, appendix B), against the measured peak; None when either is unknown."""
-        rate = self.tokens_per_second
-        if rate is None or self.peak_flops <= 0 or self.flops_per_token <= 0:
+        pace = self.seconds_per_step
+        if not pace or self.peak_flops <= 0 or self.flops_per_step <= 0:
             return None
-        return rate * self.flops_per_token / self.peak_flops
+        return self.flops_per_step / pace / self.peak_flops
 
     @property
     def data_wait(self) -> float | None:

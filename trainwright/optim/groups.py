@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from trainwright.base.errors import ConfigError
 from trainwright.optim.options import OptimizerOptions, Rule
 from trainwright.optim.parts import ModelParts
 
-__all__ = ["NOTHING_TO_TRAIN", "GroupSummary", "describe_groups", "first_match", "make_groups"]
+__all__ = ["NOTHING_TO_TRAIN", "GroupSummary", "describe_groups", "first_match", "freeze", "make_groups"]
 
 NOTHING_TO_TRAIN = "there is no parameter to train: every one is frozen"
+UNFREEZE = "remove a freeze rule or unfreeze the model"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,42 @@ def _is_for(rule: Rule, name: str, parts: ModelParts) -> bool:
     return rule.pattern is not None and re.search(rule.pattern, name) is not None
 
 
+def freeze(named_parameters: Iterable[tuple[str, Tensor]], options: OptimizerOptions) -> None:
+    """Take `requires_grad` from parameters of a whole model that `options` freezes, by any name of a tied one.
+
+    Before a model is divided, so that whoever divides it knows what has gradients.
+
+    Raises:
+        ConfigError: a rule or a part is for nothing, or nothing is left to train.
+    """
+    names_of = _names_of(named_parameters)
+    parts = ModelParts(name for names in names_of.values() for name in names)
+    _refuse_idle(options, parts)
+    _freeze(names_of, options, parts)
+    if not any(parameter.requires_grad for parameter in names_of):
+        raise ConfigError(NOTHING_TO_TRAIN, hint=UNFREEZE)
+
+
+def _names_of(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[Tensor, list[str]]:
+    found: dict[Tensor, list[str]] = {}
+    for name, parameter in named_parameters:
+        found.setdefault(parameter, []).append(name)
+    return found
+
+
+def _rule_of(names: Sequence[str], options: OptimizerOptions, parts: ModelParts) -> Rule | None:
+    """The rule of a parameter with these names."""
+    return next((found for name in names if (found := first_match(options.rules, name, parts))), None)
+
+
+def _freeze(names_of: Mapping[Tensor, list[str]], options: OptimizerOptions, parts: ModelParts) -> None:
+    for parameter, names in names_of.items():
+        rule = _rule_of(names, options, parts)
+        by_part = any(parts.holds(part, name) for part in options.freeze for name in names)
+        if by_part or (rule is not None and rule.freeze):
+            parameter.requires_grad_(False)
+
+
 def make_groups(
     named_parameters: Iterable[tuple[str, Tensor]], options: OptimizerOptions, *, elsewhere: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
@@ -62,22 +99,18 @@ def make_groups(
     sees to it that somebody trains something.
     Raises ConfigError when a rule matches no name (naming near ones) or when nothing is left to train.
     """
-    names_of: dict[Tensor, list[str]] = {}
-    for name, parameter in named_parameters:
-        names_of.setdefault(parameter, []).append(name)
+    names_of = _names_of(named_parameters)
     # A rule may speak of a tied parameter by any of its names.
     here = [name for names in names_of.values() for name in names]
     parts = ModelParts([*here, *elsewhere])
     _refuse_idle(options, parts)
+    _freeze(names_of, options, parts)
 
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for parameter, names in names_of.items():
-        rule = next((found for name in names if (found := first_match(options.rules, name, parts))), None)
-        frozen = any(parts.holds(part, name) for part in options.freeze for name in names)
-        if frozen or (rule is not None and rule.freeze):
-            parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
+        rule = _rule_of(names, options, parts)
         lr_scale = rule.lr_scale if rule is not None and rule.lr_scale is not None else 1.0
         if options.layer_decay != 1.0:
             lr_scale *= options.layer_decay ** parts.depth(names)
@@ -92,7 +125,7 @@ def make_groups(
         group["params"].append((names[0], parameter))
     if not groups:
         if set(parts.names) == set(here):
-            raise ConfigError(NOTHING_TO_TRAIN, hint="remove a freeze rule or unfreeze the model")
+            raise ConfigError(NOTHING_TO_TRAIN, hint=UNFREEZE)
         return [_empty_group(options)]
     # The highest rate first: it is the one that reports name.
     return sorted(groups.values(), key=lambda group: -group["lr"]) if options.layer_decay != 1.0 else [*groups.values()]

@@ -32,7 +32,7 @@ def utilisation(machine: MachineFacts, *, compiled: bool) -> float:
 def predict_tokens_per_second(model: ModelFacts, machine: MachineFacts, *, dtype: str, compiled: bool) -> float:
     """Trained tokens per second: measured peak times expected utilisation over FLOPs per token."""
     peak = machine.peak.get(dtype) or machine.peak["fp32"]
-    return peak * utilisation(machine, compiled=compiled) / model.flops_per_token
+    return peak * utilisation(machine, compiled=compiled) / model.run_flops
 
 
 def pipeline_share(pipeline: PipelineLayout, micro_batches: int) -> float:

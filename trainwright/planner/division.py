@@ -13,8 +13,9 @@ from functools import lru_cache
 from trainwright.comm.layout import Layout
 from trainwright.parallel.pipeline.balance import balanced_cuts, block_ranges, parts_of_rank
 from trainwright.planner.facts import ModelFacts, ModelShape
+from trainwright.planner.holdings import BlockSizes, Held, Holding
 
-__all__ = ["Division", "RankPart", "rank_part", "shape_of"]
+__all__ = ["Division", "HeldPart", "RankPart", "held_parts", "rank_part", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class RankPart:
         dense, experts: all of them.
         block: of one block, experts included.
         rest: outside blocks.
-        layers: blocks, on all its parts together; part_layers: in the largest part.
+        layers: blocks, on all its parts together.
+        kept_layers: of these, those that keep activations; part_layers: likewise, in the largest part.
     """
 
     dense: float
@@ -68,10 +70,30 @@ class RankPart:
     block: float
     rest: float
     layers: int
+    kept_layers: int
     part_layers: int
 
     @property
     def parameters(self) -> float:
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """What a rank works with of a `Holding`, before ZeRO divides it: in parameters, of `nf4` in bytes.
+
+    block: the most that one block has. rest: outside blocks.
+    """
+
+    trained: bool
+    held: Held
+    dense: float
+    experts: float
+    block: float
+    rest: float
+
+    @property
+    def total(self) -> float:
         return self.dense + self.experts
 
 
@@ -116,31 +138,77 @@ def rank_part(model: ModelFacts, division: Division, stage: int = 0, *, block: i
         block: parameters of the largest block, where that is known better than by the average.
     """
     shape = shape_of(model, block)
-    dense_block, expert_block = _block(shape, division)
-    layers = blocks_of_parts(model.layers, division.parts, shape.block, shape.head, division.cuts)
-    mine = parts_of_rank(division.schedule, division.stages, division.virtual, stage) if division.stages > 1 else (0,)
+    dense_block, expert_block = _block(_of_one_block(shape), shape.kv_heads, division)
+    mine = _blocks_of(model, shape, division, stage)
+    first_kept = 0 if model.training is None else model.training.first_kept
+    kept = [sum(number >= first_kept for number in part) for part in mine.values()]
     first, last = 0 in mine, division.parts - 1 in mine
     rest = (shape.embedding / division.tensor + shape.positions) * first + shape.head / division.tensor * last
     if first and last and shape.tied:
         rest -= min(shape.embedding, shape.head) / division.tensor
-    held = sum(layers[part] for part in mine)
+    held = sum(len(part) for part in mine.values())
+    layers = {"layers": held, "kept_layers": sum(kept), "part_layers": max(kept)}
     if not division.divides_parameters:
         # The whole model: its number of parameters is known, whatever the blocks are estimated at.
         experts = model.layers * expert_block
-        return RankPart(model.parameters - experts, experts, dense_block + expert_block, rest, model.layers, held)
+        return RankPart(model.parameters - experts, experts, dense_block + expert_block, rest, **layers)
     return RankPart(
         dense=held * dense_block + rest,
         experts=held * expert_block,
         block=dense_block + expert_block,
         rest=rest,
-        layers=held,
-        part_layers=max(layers[part] for part in mine),
+        **layers,
     )
 
 
-def _block(shape: ModelShape, division: Division) -> tuple[float, float]:
-    """(dense, expert) parameters that a rank holds of one block."""
+def held_parts(model: ModelFacts, division: Division, stage: int = 0, *, block: int | None = None) -> list[HeldPart]:
+    """What a rank of pipeline stage `stage` works with, by whether it is trained and how it is held.
+
+    Args:
+        block: see `rank_part`, which is asked where nobody looked inside.
+    """
+    if model.training is None:
+        part = rank_part(model, division, stage, block=block)
+        return [HeldPart(True, "policy", part.dense, part.experts, part.block, part.rest)]
+    shape = shape_of(model, block)
+    mine = _blocks_of(model, shape, division, stage)
+    first, last = 0 in mine, division.parts - 1 in mine
+    numbers = [number for part in mine.values() for number in part]
+    return [_held_part(holding, shape, division, numbers, first, last) for holding in model.training.holdings]
+
+
+def _held_part(
+    holding: Holding, shape: ModelShape, division: Division, numbers: list[int], first: bool, last: bool
+) -> HeldPart:
+    blocks = [_block(holding.blocks[number], shape.kv_heads, division) for number in numbers if holding.blocks]
+    rest = (holding.embedding / division.tensor + holding.positions) * first
+    rest += (holding.head / division.tensor + holding.top) * last
+    if first and last and holding.tied:
+        rest -= min(holding.embedding, holding.head) / division.tensor
+    return HeldPart(
+        holding.trained,
+        holding.held,
+        dense=sum(dense for dense, _ in blocks) + rest,
+        experts=sum(experts for _, experts in blocks),
+        block=max((dense + experts for dense, experts in blocks), default=0.0),
+        rest=rest,
+    )
+
+
+def _blocks_of(model: ModelFacts, shape: ModelShape, division: Division, stage: int) -> dict[int, range]:
+    """Part of the model that a rank holds -> numbers of its blocks."""
+    layers = blocks_of_parts(model.layers, division.parts, shape.block, shape.head, division.cuts)
+    mine = parts_of_rank(division.schedule, division.stages, division.virtual, stage) if division.stages > 1 else (0,)
+    return {part: range(sum(layers[:part]), sum(layers[: part + 1])) for part in mine}
+
+
+def _of_one_block(shape: ModelShape) -> BlockSizes:
+    return BlockSizes(shape.block, shape.block_whole, shape.block_kv, shape.block_experts)
+
+
+def _block(block: BlockSizes, kv_heads: int, division: Division) -> tuple[float, float]:
+    """(dense, expert) numbers that a rank holds of one block."""
     tensor = division.tensor
-    matrices = shape.block - shape.block_whole - shape.block_kv - shape.block_experts
-    keys = shape.block_kv / tensor if shape.kv_heads % tensor == 0 else shape.block_kv
-    return shape.block_whole + matrices / tensor + keys, shape.block_experts / (division.expert * tensor)
+    matrices = block.total - block.whole - block.kv - block.experts
+    keys = block.kv / tensor if kv_heads % tensor == 0 else block.kv
+    return block.whole + matrices / tensor + keys, block.experts / (division.expert * tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from trainwright.models import ModelConfig
+from trainwright.planner.holdings import Training
 
 __all__ = ["BatchFacts", "DataFacts", "MachineFacts", "ModelFacts", "ModelShape"]
 
@@ -62,6 +63,8 @@ class DataFacts:
         computed_per_row: mean number of positions that a row costs, padding included; None where that is what is
             trained.
         records: True where rows are examples made of records, not stretches of running text.
+        learned_share: of the trained tokens that budgets count, those that losses are means over, and that a running
+            step counts: all, but of running text under masked language modelling the hidden ones.
     """
 
     train_rows: int
@@ -72,6 +75,7 @@ class DataFacts:
     estimated: bool = False
     computed_per_row: float | None = None
     records: bool = False
+    learned_share: float = 1.0
 
     @property
     def computed_per_trained(self) -> float:
@@ -141,11 +145,13 @@ class ModelFacts:
     """The model as the cost model sees it.
 
     Attributes:
-        parameters: all parameters, tied ones once.
-        flops_per_token: forward and backward, matrix products and causal attention.
+        parameters: all parameters of its own, tied ones once.
+        flops_per_token: forward and backward, matrix products and attention, where all of it is trained on all
+            positions: what laws of scaling go by.
         layers, width, vocab_size: its shape.
         shape: how it can be divided; None where nobody looked inside.
         native: whether its modules are our own, which compile well and know every axis.
+        training: what a run trains of it and what that costs; None where all of it is trained.
     """
 
     parameters: int
@@ -155,3 +161,14 @@ class ModelFacts:
     vocab_size: int
     shape: ModelShape | None = None
     native: bool = True
+    training: Training | None = None
+
+    @property
+    def run_flops(self) -> float:
+        """FLOPs per token that the run computes: what its time and MFU go by."""
+        return self.flops_per_token if self.training is None else self.training.flops
+
+    def times(self, factor: float) -> ModelFacts:
+        """The same with so many positions computed for each that is counted."""
+        training = None if self.training is None else self.training.times(factor)
+        return replace(self, flops_per_token=self.flops_per_token * factor, training=training)

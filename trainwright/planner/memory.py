@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from trainwright.comm.layout import Layout
-from trainwright.planner.division import Division, RankPart, rank_part
+from trainwright.planner.division import Division, HeldPart, RankPart, held_parts, rank_part
 from trainwright.planner.facts import ModelFacts
+from trainwright.planner.holdings import Held
 from trainwright.planner.in_flight import parts_in_flight
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RankMemory",
     "StateBytes",
     "StateWidths",
+    "frozen_widths",
     "predict_rank_memory",
     "state_widths",
     "zero_states",
@@ -205,6 +207,21 @@ def state_widths(precision: str, optimizer: str, *, update: str = "master", shar
     return StateWidths(4.0, 2.0, 4.0, moments)
 
 
+def frozen_widths(held: Held, precision: str, *, sharded: bool = False) -> StateWidths:
+    """Bytes per parameter that is not trained (of `nf4`, per byte): no gradient, no optimizer state.
+
+    One that is held in the type of products needs no copy made by autocast, and one in a type of its own is opened for
+    each product; ranks that share it gather it in the type of products, codes of 4 bits as they are.
+    """
+    policy = state_widths(precision, "none", sharded=sharded)
+    if held == "policy":
+        return replace(policy, gradient=0.0, optimizer=0.0)
+    compute = 4.0 if precision == "fp32" else 2.0
+    width = {"compute": compute, "fp32": 4.0, "nf4": 1.0}.get(held, 2.0)
+    whole = width if held == "nf4" or precision in ("fp32", "bf16_pure") else compute
+    return StateWidths(width, whole if sharded else 0.0, 0.0, 0.0)
+
+
 def predict_rank_memory(model: ModelFacts, settings: MemorySettings) -> RankMemory:
     """Bytes that a rank needs at the peak of a step of `model` under `settings`."""
     stages = settings.division.stages
@@ -224,38 +241,43 @@ def _of_stage(model: ModelFacts, settings: MemorySettings, stage: int) -> RankMe
     if sharded and several:
         # Whole gradients are added up in fp32; parts wait in the type of the parameter beside those of the next pass.
         widths = replace(widths, gradient=4.0 if local else 2 * widths.gradient)
-    part = rank_part(model, settings.division, stage, block=settings.block_parameters)
-    block, rest = _block_and_rest(model, settings, part)
     # Ranks that divide the experts hold different ones: fewer of the ranks that share state share these.
     share = {"dense": settings.shard, "experts": max(1, settings.shard // settings.division.expert)}
-    states = [
-        zero_states(
-            count,
-            widths,
-            zero=zero,
-            shard=share[kind],
-            whole_gradients=several and local,
-            gathered_at_once=_gathered_at_once(settings, part, block, rest) * count / max(1.0, part.parameters),
-        )
-        for kind, count in (("dense", part.dense), ("experts", part.experts))
-    ]
-    kept, activations = _activations(model, settings, part, stage)
+    states, transfers = [], 0.0
+    for part in held_parts(model, settings.division, stage, block=settings.block_parameters):
+        own = widths if part.trained else frozen_widths(part.held, settings.precision, sharded=sharded)
+        block, rest = _block_and_rest(model, settings, part)
+        states += [
+            zero_states(
+                count,
+                own,
+                zero=zero,
+                shard=share[kind],
+                whole_gradients=several and local,
+                gathered_at_once=_gathered_at_once(settings, part, block, rest) * count / max(1.0, part.total),
+            )
+            for kind, count in (("dense", part.dense), ("experts", part.experts))
+        ]
+        if part.trained and sharded:
+            # The gradient of a unit as backward makes it, and the fp32 buffer that is summed over the ranks.
+            transfers += max(IN_FLIGHT * block, rest) * (own.whole + 4.0)
+    whole = rank_part(model, settings.division, stage, block=settings.block_parameters)
+    kept, activations = _activations(model, settings, whole, stage)
     memory = RankMemory(
         parameters=round(sum(state.parameters for state in states)),
         gathered=round(sum(state.gathered for state in states)),
         gradients=round(sum(state.gradients for state in states)),
         optimizer=round(sum(state.optimizer for state in states)),
         activations=activations,
-        # The gradient of a unit as backward makes it, and the fp32 buffer that is summed over the ranks.
-        transfers=round(max(IN_FLIGHT * block, rest) * (widths.whole + 4.0)) if sharded else 0,
+        transfers=round(transfers),
     )
     return _moved(memory, settings, kept)
 
 
-def _block_and_rest(model: ModelFacts, settings: MemorySettings, part: RankPart) -> tuple[float, float]:
+def _block_and_rest(model: ModelFacts, settings: MemorySettings, part: HeldPart) -> tuple[float, float]:
     """Parameters that a rank has of one block and of all that is outside blocks. Without more knowledge each is an
     upper estimate: whether embedding and head are one matrix or two is not in the facts."""
-    if settings.division.divides_parameters or model.shape is not None:
+    if model.training is not None or settings.division.divides_parameters or model.shape is not None:
         return part.block, part.rest
     words = model.vocab_size * model.width
     if settings.block_parameters is not None:
@@ -263,10 +285,10 @@ def _block_and_rest(model: ModelFacts, settings: MemorySettings, part: RankPart)
     return part.block, min(model.parameters, 2 * words)
 
 
-def _gathered_at_once(settings: MemorySettings, part: RankPart, block: float, rest: float) -> float:
+def _gathered_at_once(settings: MemorySettings, part: HeldPart, block: float, rest: float) -> float:
     if settings.gather == "step":
-        return part.parameters
-    return min(part.parameters, IN_FLIGHT * block + rest)
+        return part.total
+    return min(part.total, IN_FLIGHT * block + rest)
 
 
 def _activations(model: ModelFacts, settings: MemorySettings, part: RankPart, stage: int) -> tuple[int, int]:
@@ -278,12 +300,13 @@ def _activations(model: ModelFacts, settings: MemorySettings, part: RankPart, st
     kind = "full" if isinstance(settings.recompute, int) else settings.recompute
     plain = (ACTIVATION_BYTES["none"] if settings.compiled else EAGER_BYTES) + _routed_bytes(model)
     plain += ENTERING_BYTES * (division.tensor - 1)  # in units of a tensor rank's share, as all below
+    plain += _adapter_bytes(model)
     reduced = plain if kind == "none" else ACTIVATION_BYTES[kind]
     sharded = settings.zero > 0 and settings.shard > 1
     native = model.shape is not None and model.shape.config is not None
     if kind == "full" and settings.precision in AUTOCAST and (native or not sharded):
         reduced = WIDE_INPUT_BYTES
-    passes, layers = 1, part.layers
+    passes, layers = 1, part.kept_layers
     if division.stages > 1:
         passes = parts_in_flight(
             division.schedule, division.stages, division.virtual, settings.run or settings.micro_batches, stage
@@ -319,6 +342,13 @@ def _routed_bytes(model: ModelFacts) -> float:
         return 0.0
     inner = shape.experts_per_token * shape.mlp_width / model.width
     return 8.0 * (inner - 3.5) + 4.0 * shape.experts_per_token
+
+
+def _adapter_bytes(model: ModelFacts) -> float:
+    """What adapters keep beside `ACTIVATION_BYTES`, in its units."""
+    if model.training is None or not model.width:
+        return 0.0
+    return 2.0 * model.training.kept / (model.layers * model.width)
 
 
 def _moved(memory: RankMemory, settings: MemorySettings, kept: int) -> RankMemory:

@@ -25,7 +25,7 @@ class Prediction:
     """What the run will cost.
 
     Attributes:
-        tokens_per_second: trained tokens per second in steady state.
+        tokens_per_second: tokens that losses are means over, per second in steady state.
         step_seconds: seconds of one optimizer step.
         total_seconds: seconds of all steps, without compiling, evaluating and saving.
         memory: bytes at the peak of a step by kind, and their total.
@@ -49,10 +49,12 @@ class Plan:
         batch_rows, micro_rows: rows per optimizer step over all ranks, and per forward pass of one rank.
         layout: how the state of training is divided over the ranks.
         tokens: trained tokens of the whole run.
-        parameters, flops_per_token: of the model.
-        peak_flops: measured matmul rate of the run's compute type, against which MFU is counted.
+        parameters: of the model, without adapters.
+        flops_per_token: that the run computes for a trained token, forward and backward.
+        peak_flops: measured matmul rate of the run's compute type on all ranks together, against which MFU is counted.
         machine, data: the facts it rests on.
         prediction: what it will cost.
+        trains: which of the parameters are trained, where not all are.
     """
 
     decisions: tuple[Decision, ...]
@@ -67,6 +69,12 @@ class Plan:
     data: dict[str, Any]
     prediction: Prediction
     layout: Layout = field(default_factory=lambda: Layout(1, 0, 1))
+    trains: str | None = None
+
+    @property
+    def flops_per_step(self) -> float:
+        """FLOPs of one optimizer step on all ranks together."""
+        return self.flops_per_token * self.tokens / self.steps
 
     @property
     def rank_rows(self) -> int:
@@ -109,6 +117,7 @@ class Plan:
             f" {guess}{self.data['validation_rows']:,} validation rows, vocabulary {self.data['vocab_size']:,}",
             f"model     {human_count(self.parameters)} parameters,"
             f" {self.flops_per_token / 1e6:,.0f} MFLOP per trained token",
+            *([f"trains    {self.trains}"] if self.trains is not None else []),
             f"run       {self.steps:,} steps x {self.batch_rows} rows = {human_count(self.tokens)} trained tokens",
             *([f"ranks     {self.layout.describe()}"] if self.layout.world > 1 else []),
             f"predicted {human_count(prediction.tokens_per_second)} tokens/s,"

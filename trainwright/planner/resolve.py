@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from trainwright.base.units import Duration
 from trainwright.config import Recipe
@@ -41,7 +41,7 @@ def resolve(
     ledger.settle("train.deterministic", train.deterministic, lambda: rules.choose_deterministic(machine))
 
     # Computing goes by positions, budgets and losses by what is trained.
-    model = replace(model, flops_per_token=model.flops_per_token * data.computed_per_trained)
+    model = model.times(data.computed_per_trained)
     eager = machine.ranks * predict_tokens_per_second(model, machine, dtype=dtype, compiled=False)
     budget = _token_budget(recipe, model, machine, data, dtype, eager, tuning)
     divided = divide(Question(recipe, machine, data, model, precision, budget))
@@ -75,12 +75,13 @@ def resolve(
         micro_rows=batch.micro_rows,
         tokens=tokens,
         parameters=model.parameters,
-        flops_per_token=model.flops_per_token,
-        peak_flops=machine.peak.get(dtype) or machine.peak["fp32"],
+        trains=None if model.training is None or model.training.is_whole else model.training.what,
+        flops_per_token=model.run_flops,
+        peak_flops=machine.ranks * (machine.peak.get(dtype) or machine.peak["fp32"]),
         machine=asdict(machine),
         data=asdict(data),
         prediction=Prediction(
-            tokens_per_second=rate,
+            tokens_per_second=rate * data.learned_share,
             step_seconds=trained / rate,
             total_seconds=tokens / rate,
             memory={**memory.kinds(), "total": memory.device},

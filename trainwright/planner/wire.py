@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 
 from trainwright.comm.layout import Layout
-from trainwright.planner.division import rank_part, shape_of
+from trainwright.planner.division import held_parts, rank_part, shape_of
 from trainwright.planner.facts import ModelFacts
-from trainwright.planner.memory import MemorySettings, state_widths
+from trainwright.planner.memory import MemorySettings, frozen_widths, state_widths
 
 __all__ = ["wire_bytes"]
 
@@ -40,7 +40,7 @@ def wire_bytes(model: ModelFacts, settings: MemorySettings, layout: Layout, *, w
     again = 1.0 + 0.5 / recompute if isinstance(recompute, int) else AGAIN[recompute]
     gradient = WIRE_BYTES.get(wire, element)
     found = {
-        "state": _state(part.parameters, gradient, settings, layout),
+        "state": _state(model, gradient, settings, layout, stage),
         "tensor": again * passes * 8 * hidden * _others(layout.tensor),
         "context": passes * _context(model, settings, layout, element) * tokens,
         "expert": again * passes * _experts(model, layout, hidden),
@@ -53,17 +53,22 @@ def _others(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _state(parameters: float, gradient: float, settings: MemorySettings, layout: Layout) -> float:
-    """Gradients and parameters between the ranks that hold the same part of the model."""
+def _state(model: ModelFacts, gradient: float, settings: MemorySettings, layout: Layout, stage: int) -> float:
+    """Gradients and parameters between the ranks that hold the same part of the model: all are gathered, and only the
+    trained ones have gradients."""
     if layout.data == 1:
         return 0.0
+    parts = held_parts(model, settings.division, stage, block=settings.block_parameters)
+    trained = sum(part.total for part in parts if part.trained)
     if not layout.is_sharded:
-        return 2 * gradient * parameters * _others(layout.data)
+        return 2 * gradient * trained * _others(layout.data)
     widths = state_widths(settings.precision, settings.optimizer, update=settings.update, sharded=True)
+    frozen = {part.held: frozen_widths(part.held, settings.precision, sharded=True) for part in parts}
+    gathered = sum((widths if part.trained else frozen[part.held]).whole * part.total for part in parts)
     gathers = 1 if layout.gather == "step" else 2 * settings.micro_batches
     reductions = 1 if layout.accumulate == "local" else settings.micro_batches
-    inside = (gathers * widths.whole + reductions * gradient) * parameters * _others(layout.shard)
-    across = 2 * gradient * reductions * parameters / layout.shard * _others(layout.replicas)
+    inside = (gathers * gathered + reductions * gradient * trained) * _others(layout.shard)
+    across = 2 * gradient * reductions * trained / layout.shard * _others(layout.replicas)
     return inside + across
 
 

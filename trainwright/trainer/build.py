@@ -35,7 +35,8 @@ from trainwright.models.backbone import Backbone
 from trainwright.models.embedding_noise import attach_embedding_noise
 from trainwright.models.importing import Pretrained
 from trainwright.models.initialise import initial_values
-from trainwright.optim import EMA, SpikeGuard, SpikeOptions, build_optimizer
+from trainwright.optim import EMA, OptimizerOptions, SpikeGuard, SpikeOptions, build_optimizer
+from trainwright.optim.groups import freeze
 from trainwright.optim.loss_scale import LossScaler
 from trainwright.parallel.pipeline import parameter_names
 from trainwright.tasks import Task
@@ -112,7 +113,7 @@ def build(
 
 
 def _divided_model(settled: Settled, mesh: Mesh, policy: Precision, stack: contextlib.ExitStack) -> Divided:
-    """The model with its adapters, divided over the mesh, its weights in place."""
+    """The model with its adapters, frozen parts without gradients, divided over the mesh, its weights in place."""
     recipe = settled.loaded.recipe
     model = _build_model(settled, policy)
     values = adapt(
@@ -123,6 +124,7 @@ def _divided_model(settled: Settled, mesh: Mesh, policy: Precision, stack: conte
         device=settled.device,
         seed=recipe.train.seed,
     )
+    freeze(model.named_parameters(remove_duplicate=False), _optimizer_options(recipe))
     sections = Sections(recipe.precision, recipe.parallel, recipe.comm, recipe.memory)
     divided = divide(model, mesh, policy, sections, compiled=bool(recipe.train.compile))
     stack.callback(divided.data_parallel.close)
@@ -130,12 +132,16 @@ def _divided_model(settled: Settled, mesh: Mesh, policy: Precision, stack: conte
     return divided
 
 
+def _optimizer_options(recipe: Recipe) -> OptimizerOptions:
+    return optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed, freeze=recipe.train.freeze)
+
+
 def _engine(settled: Settled, divided: Divided, policy: Precision, stack: contextlib.ExitStack) -> Engine:
     """The engine of a divided model, with the optimizer of what is trained."""
     recipe, plan, model = settled.loaded.recipe, settled.plan, divided.model
     optimizer = build_optimizer(
         optimized_parameters(model),
-        optimizer_options(recipe.optim, recipe.precision, seed=recipe.train.seed, freeze=recipe.train.freeze),
+        _optimizer_options(recipe),
         elsewhere=parameter_names(model),
     )
     placed = place_state(optimizer, recipe.memory.optimizer_state, folder=recipe.memory.nvme_path)

@@ -79,7 +79,7 @@ class Run:
     meter: ThroughputMeter = field(init=False)
 
     def __post_init__(self) -> None:
-        self.meter = ThroughputMeter(flops_per_token=self.plan.flops_per_token, peak_flops=self.plan.peak_flops)
+        self.meter = ThroughputMeter(flops_per_step=self.plan.flops_per_step, peak_flops=self.plan.peak_flops)
 
     @property
     def recipe(self) -> Recipe:

@@ -12,6 +12,7 @@ from trainwright.base.events import emit
 from trainwright.base.text import human_bytes
 from trainwright.comm import ALONE, Ranks
 from trainwright.config import LoadedRecipe, Recipe
+from trainwright.config.tasks import MaskedLMSection
 from trainwright.data import BuildProgress, TokenDataset, build_spec, load_tokenizer, prepare_dataset
 from trainwright.data.examples.build import build_examples
 from trainwright.data.examples.checks import padding_share
@@ -89,7 +90,8 @@ def settle(
         adapter=recipe.adapter is not None,
         kind=reading_of(model_config),
     )
-    plan = resolve(recipe, machine, data, model_facts(model_config, data.sequence_length), tuning)
+    facts = model_facts(model_config, data.sequence_length, recipe, positions=data.computed_per_row)
+    plan = resolve(recipe, machine, data, facts, tuning)
     earlier = source.decisions(model_config, data.vocab_size)
     if recipe.model.attention == "auto" and model_config.family != "transformers":  # which chooses for itself
         masked = dataset is not None and dataset.has_document_ids
@@ -171,10 +173,11 @@ def _data(loaded: LoadedRecipe, tokenizer: str | None, build_data: bool) -> tupl
         examples = build_examples(wanted, definition, section.cache, workers=workers, progress=_BuildNotices())
         return examples, _example_facts(examples)
     spec = build_spec(section, model_tokenizer=tokenizer)
+    share = recipe.task.mask_share if isinstance(recipe.task, MaskedLMSection) else 1.0
     if not build_data:
-        return None, estimate_data(spec)
+        return None, replace(estimate_data(spec), learned_share=share)
     dataset = prepare_dataset(spec, section.cache, workers, progress=_BuildNotices())
-    return dataset, _text_facts(dataset)
+    return dataset, replace(_text_facts(dataset), learned_share=share)
 
 
 def _text_facts(dataset: TokenDataset) -> DataFacts:

@@ -58,6 +58,29 @@ def test_a_step_is_counted_beside_its_prediction(recipe: str, capsys: pytest.Cap
     assert counted["process"]["resident"] > counted["total"]
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        ["adapter={name: lora, rank: 4}"],
+        ["adapter={name: qlora, rank: 4}", "precision=bf16"],
+        ["train.freeze=[embeddings, layers.0]"],
+    ],
+    ids=["lora", "qlora in bf16", "frozen parts"],
+)
+def test_what_is_not_trained_has_no_gradients_and_no_state(
+    part: list[str], recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["memory", recipe, *part, "--measure", "--json", "--ranks", "1,2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    counted, predicted, sharded = found["counted"], found["predicted"][0], found["predicted"][2]
+    assert counted["parameters"] == predicted["parameters"]
+    assert counted["gradients"] == predicted["gradients"] < 0.5 * predicted["parameters"]
+    assert 0 <= counted["optimizer"] - predicted["optimizer"] < 1000
+    assert sharded["optimizer"] == predicted["optimizer"] / 2
+    assert main(["memory", recipe, *part, "--ranks", "1"]) == 0
+    assert "only these have gradients and optimizer state" in capsys.readouterr().out
+
+
 def test_state_on_disk_is_measured_as_such(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["memory.optimizer_state=nvme", f"memory.nvme_path={tmp_path}", "memory.recompute=full"]
     assert main(["memory", recipe, *options, "--measure", "--ranks", "1"]) == 0

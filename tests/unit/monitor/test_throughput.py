@@ -8,7 +8,7 @@ from trainwright.monitor import ThroughputMeter
 
 
 def test_nothing_is_known_before_the_first_step() -> None:
-    meter = ThroughputMeter(flops_per_token=1e6, peak_flops=1e9)
+    meter = ThroughputMeter(flops_per_step=1e6, peak_flops=1e9)
     assert meter.tokens_per_second is meter.mfu is meter.data_wait is meter.eta_seconds(10) is None
 
 
@@ -39,10 +39,17 @@ def test_rate_weighs_tokens_and_time_not_steps() -> None:
 
 
 def test_mfu_is_against_the_measured_peak() -> None:
-    meter = ThroughputMeter(flops_per_token=2e8, peak_flops=1e12, skip=0)
+    meter = ThroughputMeter(flops_per_step=4096 * 2e8, peak_flops=1e12, skip=0)
     meter.step(tokens=4096, seconds=2.0)
     assert meter.mfu == pytest.approx(4096 / 2 * 2e8 / 1e12)
-    assert ThroughputMeter(flops_per_token=2e8).mfu is None
+    assert ThroughputMeter(flops_per_step=2e8).mfu is None
+
+
+def test_mfu_does_not_depend_on_what_is_counted_as_trained() -> None:
+    few, many = (ThroughputMeter(flops_per_step=1e9, peak_flops=1e12, skip=0) for _ in range(2))
+    few.step(tokens=10, seconds=1.0)
+    many.step(tokens=4096, seconds=1.0)
+    assert few.mfu == many.mfu == pytest.approx(1e-3)
 
 
 def test_data_wait_is_a_share_of_time() -> None:

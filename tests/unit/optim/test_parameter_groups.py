@@ -8,6 +8,7 @@ from torch import nn
 
 from trainwright.base.errors import ConfigError
 from trainwright.optim import OptimizerOptions, Rule, build_optimizer, describe_groups
+from trainwright.optim.groups import freeze
 
 
 class Model(nn.Module):
@@ -73,6 +74,17 @@ def test_frozen_parameters_have_no_group_and_no_gradient() -> None:
     groups = groups_of(model, rules=(Rule(r"^embed_tokens", freeze=True),))
     assert "embed_tokens.weight" not in groups
     assert not model.embed_tokens.weight.requires_grad
+
+
+def test_a_whole_model_is_frozen_before_it_is_divided() -> None:
+    model = Model(tie=True)
+    freeze(model.named_parameters(remove_duplicate=False), OptimizerOptions(rules=(Rule(r"^layers\.0", freeze=True),)))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith("layers.0")}
+    with pytest.raises(ConfigError, match="matches none"):
+        freeze(model.named_parameters(), OptimizerOptions(rules=(Rule("lyers", freeze=True),)))
+    with pytest.raises(ConfigError, match="no parameter to train"):
+        freeze(model.named_parameters(), OptimizerOptions(rules=(Rule(".", freeze=True),)))
 
 
 def test_freezing_everything_is_refused() -> None:

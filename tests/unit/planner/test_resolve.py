@@ -9,7 +9,9 @@ import pytest
 
 from trainwright.base.errors import ConfigError, MemoryLimitError
 from trainwright.config import load_recipe
-from trainwright.planner import DataFacts, MachineFacts, ModelFacts, Plan, resolve
+from trainwright.models import preset
+from trainwright.planner import DataFacts, MachineFacts, ModelFacts, Plan, model_facts, resolve
+from trainwright.planner.cost import predict_memory
 from trainwright.planner.rules import choose_compile, choose_learning_rate, choose_micro_batch, choose_vocab_size
 
 MACHINE = MachineFacts(
@@ -168,3 +170,52 @@ def test_description_is_for_people() -> None:
     text = plan_of().describe()
     assert "predicted" in text
     assert "optim.lr" in text
+
+
+def test_what_is_trained_decides_time_memory_and_the_plan_says_it() -> None:
+    config = preset("llama-15m")
+    section = {"adapter": {"name": "lora", "rank": 4}}
+    recipe = load_recipe({"model": {"preset": "llama-15m"}, "data": {"source": "python-stdlib"}, **section}).recipe
+    whole, adapted = model_facts(config, 256), model_facts(config, 256, recipe)
+    fixed = {"train": {"steps": 10, "batch_tokens": 2048, "micro_batch": 2, "compile": False}, "optim": {"lr": 1e-3}}
+    full, light = plan_of(model=whole, **fixed), plan_of(model=adapted, **fixed, **section)
+    assert full.trains is None
+    assert light.trains is not None
+    assert light.trains in light.describe()
+    assert light.prediction.memory["optimizer"] < 0.05 * full.prediction.memory["optimizer"]
+    assert light.prediction.memory["gradients"] < 0.05 * full.prediction.memory["gradients"]
+    assert 0.6 < light.flops_per_step / full.flops_per_step < 0.85
+    assert light.prediction.step_seconds < full.prediction.step_seconds
+    # What is derived from laws of scaling is the model's matter, not that of what is trained of it.
+    auto = {"train": {"tokens": "1M", "compile": False}, "optim": {"lr": 1e-3}}
+    assert plan_of(model=adapted, **auto, **section).batch_rows == plan_of(model=whole, **auto).batch_rows
+
+
+def test_memory_that_is_saved_goes_into_the_micro_batch() -> None:
+    recipe = load_recipe(
+        {"model": {"preset": "llama-15m"}, "data": {"source": "python-stdlib"}, "adapter": "lora"}
+    ).recipe
+    config = preset("llama-15m")
+    whole, adapted = model_facts(config, 256), model_facts(config, 256, recipe)
+    tight = replace(MACHINE, memory_bytes=predict_memory_of_one_row(whole) + (64 << 20))
+    rows = [
+        choose_micro_batch(facts, DATA, tight, batch_rows=64, optimizer="adamw", precision="fp32")[0]
+        for facts in (whole, adapted)
+    ]
+    assert rows[1] > rows[0]
+
+
+def predict_memory_of_one_row(model: ModelFacts) -> int:
+    return predict_memory(model, optimizer="adamw", precision="fp32", micro_rows=1, sequence_length=256).total
+
+
+def test_hidden_tokens_are_what_a_masked_model_is_timed_by() -> None:
+    plain, masked = plan_of(), plan_of(data=replace(DATA, learned_share=0.15))
+    assert masked.prediction.tokens_per_second == pytest.approx(0.15 * plain.prediction.tokens_per_second)
+    assert masked.flops_per_step == plain.flops_per_step
+    assert masked.prediction.step_seconds == plain.prediction.step_seconds
+
+
+def test_mfu_is_held_against_all_ranks() -> None:
+    one, two = plan_of(), plan_of(machine=replace(MACHINE, ranks=2))
+    assert two.peak_flops == 2 * one.peak_flops

@@ -24,7 +24,7 @@ from trainwright.models.adapters.targets import task_head_of
 from trainwright.models.backbone import Backbone
 from trainwright.models.exporting import WeightSource
 
-__all__ = ["PeftReport", "apply_peft_method", "merge_peft_method", "save_peft_method"]
+__all__ = ["PeftReport", "apply_peft_method", "inject_peft_method", "merge_peft_method", "save_peft_method"]
 
 _OWN = {"LORA": "lora, rslora, dora or qlora"}
 _NAME = "default"
@@ -68,6 +68,14 @@ def apply_peft_method(model: nn.Module, config: Mapping[str, Any], *, seed: int 
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("peft needs a model that has its weights, and this one is on the meta device")
+    method = inject_peft_method(model, config, seed=seed)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return PeftReport(method, trained, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def inject_peft_method(model: nn.Module, config: Mapping[str, Any], *, seed: int = 0) -> str:
+    """What `apply_peft_method` does to modules, on the meta device too, where they get shapes alone; returns the
+    method's name."""
     peft = _peft()
     method, made = _configuration(peft, config)
     head = task_head_of(model)
@@ -84,8 +92,7 @@ def apply_peft_method(model: nn.Module, config: Mapping[str, Any], *, seed: int 
             ) from error
     if head is not None:
         head.requires_grad_(True)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return PeftReport(method, trained, sum(parameter.numel() for parameter in model.parameters()))
+    return method
 
 
 def save_peft_method(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,19 +23,22 @@ class Sizes:
 
     Attributes:
         parameters: all, tied ones once.
-        matmul: that a token is multiplied by: all matrices but embeddings, of experts those that it goes to, and the
-            output projection (tied or not).
-        blocks: repeated blocks, of all lists of them. block: of one of them, on average.
+        matrices: that a token is multiplied by, by name: all matrices but embeddings, of experts those that it goes to,
+            and the output projection (tied or not, under its own name).
+        blocks: names of the repeated blocks, of all lists of them. block: parameters of one of them, on average.
         embedding, head: outside blocks, tied ones in both. tied: whether they are one.
+        embedding_name, head_name: modules; None where there is no such thing.
     """
 
     parameters: int
-    matmul: int
-    blocks: int
+    matrices: Mapping[str, int]
+    blocks: tuple[str, ...]
     block: int
     embedding: int
     head: int
     tied: bool
+    embedding_name: str | None
+    head_name: str | None
 
 
 def sizes_of(config: HuggingFaceConfig) -> Sizes:
@@ -44,30 +47,40 @@ def sizes_of(config: HuggingFaceConfig) -> Sizes:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding_weight, head_weight = getattr(embedding, "weight", None), getattr(head, "weight", None)
     tied = head_weight is not None and head_weight is embedding_weight
+    names = {id(module): name for name, module in model.named_modules()}
+    head_name = None if head_weight is None else names[id(head)]
     matrices = {
-        id(p): _active(config, p) for p in _matrices(model) if p is not head_weight and p is not embedding_weight
+        name: _active(config, p)
+        for name, p in _matrices(model).items()
+        if p is not head_weight and p is not embedding_weight
     }
-    head_size = 0 if head_weight is None else head_weight.numel()
-    blocks = [model.get_submodule(name) for names in block_stacks(model).values() for name in names]
-    inside = sum(p.numel() for block in blocks for p in block.parameters())
+    if head_weight is not None:
+        matrices[f"{head_name}.weight"] = head_weight.numel()
+    blocks = tuple(name for stack in block_stacks(model).values() for name in stack)
+    inside = sum(p.numel() for name in blocks for p in model.get_submodule(name).parameters())
     return Sizes(
         parameters=sum(p.numel() for p in model.parameters()),
-        matmul=sum(matrices.values()) + head_size,
-        blocks=len(blocks),
+        matrices=matrices,
+        blocks=blocks,
         block=inside // max(1, len(blocks)),
         embedding=0 if embedding_weight is None else embedding_weight.numel(),
-        head=head_size,
+        head=0 if head_weight is None else head_weight.numel(),
         tied=tied,
+        embedding_name=None if embedding_weight is None else names[id(embedding)],
+        head_name=head_name,
     )
 
 
-def _matrices(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in model.modules():
+def _matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of two and more dimensions that are no table, by their first name."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
-        for parameter in module._parameters.values():
+        for leaf, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() >= 2:
-                yield parameter
+                found.setdefault(id(parameter), (f"{name}.{leaf}" if name else leaf, parameter))
+    return dict(found.values())
 
 
 def _active(config: HuggingFaceConfig, parameter: nn.Parameter) -> int:
