@@ -185,7 +185,7 @@ class TagEncoder:
             if tags is not None and own[0] <= word < own[1]:
                 of_word[place] = self._index[tags[word]]
                 if self.label_on == "all":
-                    of_word[1:] = [self._index[tags[word].replace("B-", "I-", 1)]] * (len(piece) - 1)
+                    of_word[1:] = [self._index[_going_on(tags[word])]] * (len(piece) - 1)
             ids += piece
             labels += of_word
             mask += [int(index == place) for index in range(len(piece))]
@@ -195,6 +195,11 @@ class TagEncoder:
             "labels": np.asarray([IGNORE] * before + labels + [IGNORE] * after, dtype=np.int64),
             "word_mask": np.asarray([0] * before + mask + [0] * after, dtype=np.int32),
         }
+
+
+def _going_on(tag: str) -> str:
+    """What the further tokens of a word have in the scheme "bio": the word's entity goes on in them."""
+    return f"I{tag[1:]}" if tag.startswith("B-") else tag
 
 
 def _spaced(record: Record) -> list[bool]:
