@@ -89,8 +89,8 @@ def predict(
     from trainwright.trainer.predicting import predict_file
 
     trained = open_trained(model, device=device, numbers=precision)
-    lines, failed = predict_file(trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin, format=format)
+    lines, refused = predict_file(trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin, format=format)
     for line in lines:
         print(line)
-    if failed:
-        print(f"{failed:,} records could not be used; their line says why", file=sys.stderr)
+    if refused:
+        print(f"{len(refused):,} records could not be used; the first: {refused[0]}", file=sys.stderr)

@@ -216,17 +216,16 @@ class Embedding:
     def report(self, records: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]) -> Report:
         """Search every different anchor among all different positives of the records: recall, MRR and nDCG.
 
-        Raises DataError where a record has no positive.
+        Raises DataError where no record has a positive.
         """
+        pairs = [(r, p) for r, p in zip(records, predictions, strict=True) if r.get("positive") is not None]
+        if not pairs:
+            raise DataError("no record has a positive to find", hint="give pairs, or use `predict`, which needs none")
         queries: dict[str, int] = {}
         documents: dict[str, int] = {}
         relevant: list[set[int]] = []
         vectors: dict[str, list[Any]] = {"anchor": [], "positive": []}
-        for record, prediction in zip(records, predictions, strict=True):
-            if record.get("positive") is None:
-                raise DataError(
-                    "a record has no positive to find", hint="give pairs, or use `predict`, which needs none"
-                )
+        for record, prediction in pairs:
             query, document = record["anchor"].strip(), record["positive"].strip()
             if query not in queries:
                 queries[query] = len(queries)

@@ -129,6 +129,10 @@ class GeneratingTask(ExampleTask, Protocol):
     """A task whose predictions are written token by token: `evaluate` gives a loss, and the text comes from a
     generator that the trainer or a command holds."""
 
+    def answered(self, record: Mapping[str, Any]) -> bool:
+        """Whether the record says what is expected, so that what is written can be judged by it."""
+        ...
+
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
         """Token ids that the model goes on from (decoder), or reads (encoder of an encoder-decoder)."""
         ...

@@ -20,7 +20,7 @@ from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks
 from trainwright.config import LoadedRecipe, Recipe
 from trainwright.data import Loader, Tokenizer, evaluation_batches, evaluation_rows, fit_and_score
-from trainwright.data.examples.checks import check_trainable
+from trainwright.data.examples.checks import check_answered, check_trainable
 from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.engine import Engine
 from trainwright.launch import Heartbeat
@@ -95,6 +95,7 @@ class Run:
         dataset = self.dataset
         if isinstance(dataset, ExampleDataset):
             check_trainable(dataset)
+            check_answered(dataset)
         elif self.validation_rows and self.task.name == "causal_lm":
             rows = evaluation_rows(dataset, limit_rows=self.validation_rows)
             self.baselines = first_decides(self.ranks, lambda: fit_and_score(dataset, rows=rows).to_dict())
