@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.config.tasks.labelled import ClassificationSection
@@ -22,19 +21,15 @@ from trainwright.tasks.labelled_frame import ENCODER_TOKENS, Frame, frame_of
 from trainwright.tasks.labels import LabelNames, class_weights, label_name, place_of
 from trainwright.tasks.metrics.classes import several, single
 from trainwright.tasks.metrics.correlation import number_scores
-from trainwright.tasks.task import LossOutput, Metric, Report, Table
+from trainwright.tasks.task import LISTED_ERRORS, Batch, LossOutput, Metric, Record, Report, Table
 
 __all__ = ["Classification", "ClassificationDefinition", "TextEncoder"]
-
-Record = Mapping[str, Any]
-Batch = Mapping[str, Tensor]
 
 BEST = {
     "single_label": Metric("accuracy", higher=True),
     "multi_label": Metric("f1_micro", higher=True),
     "regression": Metric("pearson", higher=True),
 }
-LISTED_ERRORS = 2000
 
 
 @dataclass(frozen=True)
@@ -80,9 +75,11 @@ class ClassificationDefinition:
         return {"problem": problem, "counts": dict(counts), "rows": rows, "labelled": labelled, "pairs": pairs > 0}
 
     def bind(self, survey: Mapping[str, Any], tokenizer: Tokenizer) -> Classification:
-        """The task for these labels. Raises ConfigError where rows are too short for any text."""
+        """The task for these labels. Raises ConfigError where rows are too short for any text, and for options that do
+        nothing with labels of this kind."""
         section = self.section
         problem: Problem = survey["problem"]
+        _refuse_idle(section, problem)
         if problem == "regression":
             labels = LabelNames(["value"])
         else:
@@ -96,6 +93,19 @@ class ClassificationDefinition:
             tokenizer, frame, labels, problem, self.max_length, typed=bool(survey["pairs"]), cut=section.cut
         )
         return Classification(section, problem, labels, encoder, int(survey["labelled"]))
+
+
+def _refuse_idle(section: ClassificationSection, problem: Problem) -> None:
+    """What the recipe could not know while `problem` was auto."""
+    settled = section.model_copy(update={"problem": problem})
+    reasons = {**settled.without_effect(), **{key: f"expected {wanted}" for key, wanted in settled.problems()}}
+    for key, reason in reasons.items():
+        if getattr(section, key) != type(section).model_fields[key].default:
+            raise ConfigError(
+                f"task.{key} is {getattr(section, key)!r}, and the labels of the training data make the problem "
+                f"{problem}: {reason}",
+                hint=f"leave task.{key} out, or name another task.problem",
+            )
 
 
 def _kind(label: Any) -> str:

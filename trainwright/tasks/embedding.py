@@ -26,14 +26,12 @@ from trainwright.tasks.contrastive import NO_TEXT, Texts, contrastive_loss, gath
 from trainwright.tasks.labelled_frame import ENCODER_TOKENS, Frame, frame_of
 from trainwright.tasks.labelled_loss import auxiliary
 from trainwright.tasks.pair_encoder import shorter_text
-from trainwright.tasks.task import LossOutput, Metric, Report, Table
+from trainwright.tasks.task import LISTED_ERRORS, Batch, LossOutput, Metric, Report, Table
 from trainwright.tasks.text_metrics.retrieval import retrieval_scores
 
 __all__ = ["AnchorEncoder", "Embedding", "EmbeddingDefinition"]
 
-Batch = Mapping[str, Tensor]
 _VERSION = 1
-_LISTED_ERRORS = 2000
 
 
 class EmbeddingDefinition:
@@ -246,7 +244,7 @@ class Embedding:
         ]
         note = f"{len(queries)} queries, every one searched among {len(documents)} texts; cosine similarity"
         table = Table("Retrieval", tuple(metrics), (tuple(metrics.values()),), (note,))
-        return Report(metrics=metrics, tables=(table,), errors=tuple(errors[:_LISTED_ERRORS]))
+        return Report(metrics=metrics, tables=(table,), errors=tuple(errors[:LISTED_ERRORS]))
 
 
 def _width(batch: Batch, negatives: int) -> int:

@@ -24,12 +24,9 @@ from trainwright.tasks.labelled_windows import windows_of
 from trainwright.tasks.labels import LabelNames, place_of
 from trainwright.tasks.metrics.entities import Entity, entities, entity_scores
 from trainwright.tasks.ner_report import entity_errors, type_confusion
-from trainwright.tasks.task import LossOutput, Metric, Report
+from trainwright.tasks.task import Batch, LossOutput, Metric, Record, Report
 
 __all__ = ["NER", "NERDefinition", "TagEncoder"]
-
-Record = Mapping[str, Any]
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,9 @@ from trainwright.tasks.labelled_frame import ENCODER_TOKENS, frame_of
 from trainwright.tasks.labelled_loss import auxiliary, class_losses
 from trainwright.tasks.qa_encoder import SpanEncoder
 from trainwright.tasks.qa_report import answer_report
-from trainwright.tasks.task import LossOutput, Metric, Report
+from trainwright.tasks.task import Batch, LossOutput, Metric, Record, Report
 
 __all__ = ["QA", "QADefinition", "official_predictions"]
-
-Record = Mapping[str, Any]
-Batch = Mapping[str, Tensor]
 
 LEAST_TEXT = 8
 """Tokens of the text that a row must hold beside the longest question."""

@@ -21,9 +21,26 @@ from trainwright.data.examples.example import ExampleEncoder
 from trainwright.data.tokenizer_core import Tokenizer
 from trainwright.models.heads import HeadSpec
 
-__all__ = ["ExampleTask", "GeneratingTask", "LossOutput", "Metric", "Report", "Table", "Task", "TaskDefinition"]
+__all__ = [
+    "LISTED_ERRORS",
+    "Batch",
+    "ExampleTask",
+    "GeneratingTask",
+    "LossOutput",
+    "Metric",
+    "Record",
+    "Report",
+    "Table",
+    "Task",
+    "TaskDefinition",
+]
 
 Batch = Mapping[str, Tensor]
+"""Tensors whose first dimension is the rows."""
+Record = Mapping[str, Any]
+"""Fields of one record by name: see `data.records.record.SHAPES`; "where" says where it stands."""
+LISTED_ERRORS = 2000
+"""Errors that a report lists at most."""
 
 
 @dataclass(frozen=True)

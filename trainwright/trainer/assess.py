@@ -26,9 +26,9 @@ from trainwright.data.records.record import Record as Read
 from trainwright.engine import Engine, precision
 from trainwright.models import load_pretrained
 from trainwright.tasks import Task
-from trainwright.tasks.task import ExampleTask, GeneratingTask, TaskDefinition
+from trainwright.tasks.task import ExampleTask, GeneratingTask, Record, TaskDefinition
 from trainwright.trainer.evaluation import Evaluation, evaluate
-from trainwright.trainer.judge import Record, judge, predictions, writes, written
+from trainwright.trainer.judge import judge, predictions, writes, written
 from trainwright.trainer.model_section import model_source
 from trainwright.trainer.outputs import Outputs
 from trainwright.trainer.run_folder import RunFolder
@@ -138,7 +138,9 @@ class _Known:
 def _without_answers(source: SourceSpec, shape: str, **reading: Any) -> Iterator[Read]:
     """The records of a source without what is to be predicted: what stands there need not be known to the model."""
     for record in read_records(source, shape, **reading):
-        yield replace(record, fields={key: value for key, value in record.fields.items() if key != SHAPES[shape].target})
+        yield replace(
+            record, fields={key: value for key, value in record.fields.items() if key != SHAPES[shape].target}
+        )
 
 
 def _examples(

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from trainwright.comm import Ranks
 from trainwright.data.examples.example import Piece
-from trainwright.tasks.task import ExampleTask, GeneratingTask, Report
+from trainwright.tasks.task import ExampleTask, GeneratingTask, Record, Report
 from trainwright.trainer.outputs import Outputs, by_record
 from trainwright.trainer.together import first_decides
 
-__all__ = ["Examples", "Judgement", "Record", "Writer", "judge", "predictions", "spread", "writes", "written"]
+__all__ = ["Examples", "Judgement", "Writer", "judge", "predictions", "spread", "writes", "written"]
 
-Record = Mapping[str, Any]
 Writer = Callable[[list[list[int]], GeneratingTask], list[list[int]]]
 """(prompts, task) -> the ids that a model goes on with, for each prompt."""
 
