@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trainwright.base.device import device_facts
+from trainwright.base.device import chosen_device
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.config import LoadedRecipe, load_recipe
 from trainwright.config.tasks import TaskSection
@@ -79,10 +79,10 @@ def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32
     """Open a run folder that has finished, or a model folder that a run exported.
 
     Args:
-        numbers: precision of the forward pass, as recipes name it.
+        device: see `chosen_device`. numbers: precision of the forward pass, as recipes name it.
 
     Raises:
-        ConfigError: there is no finished model, or nothing says what its task is.
+        ConfigError: there is no finished model, nothing says what its task is, or the device is not there.
     """
     path = Path(path)
     run = RunFolder(path) if (path / "run.json").is_file() else None
@@ -103,8 +103,7 @@ def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32
         kept = {"task": recipe.recipe.task, "survey": {}, "data": {}}
     data = kept["data"]
     model = load_pretrained(folder, dtype=torch.float32)
-    target = device_facts().kind if device == "auto" else device
-    engine = Engine(model.to(target), None, multiplier=lambda step: 0.0, precision=precision(numbers))
+    engine = Engine(model.to(chosen_device(device)), None, multiplier=lambda step: 0.0, precision=precision(numbers))
     length = data.get("sequence_length") or (recipe.recipe.data.sequence_length if recipe is not None else 512)
     return Trained(
         folder=folder,
@@ -137,10 +136,9 @@ class _Known:
 
 def _without_answers(source: SourceSpec, shape: str, **reading: Any) -> Iterator[Read]:
     """The records of a source without what is to be predicted: what stands there need not be known to the model."""
+    target = SHAPES[shape].target
     for record in read_records(source, shape, **reading):
-        yield replace(
-            record, fields={key: value for key, value in record.fields.items() if key != SHAPES[shape].target}
-        )
+        yield replace(record, fields={key: value for key, value in record.fields.items() if key != target})
 
 
 def _examples(

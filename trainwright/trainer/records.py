@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from dataclasses import asdict
 from trainwright.base.events import emit
 from trainwright.base.text import human_bytes, human_count, human_duration
 from trainwright.config import MonitorSection
-from trainwright.data.examples.dataset import ExampleDataset
+from trainwright.config.tasks.commands import use_commands
 from trainwright.monitor import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from trainwright.trainer.resume import Entered
 from trainwright.trainer.run import Run
@@ -127,19 +128,9 @@ def _last_words(run: Run, status: str) -> str:
 
 def _next_commands(run: Run) -> list[str]:
     folder = run.folder.path
-    task = run.recipe.task.name
-    if task == "sft":
-        used = [f"  trainwright chat {folder}", f"  trainwright eval {folder} --split validation"]
-    elif isinstance(run.dataset, ExampleDataset):
-        split = "test" if "test" in run.dataset.splits else "validation"
-        used = [f"  trainwright predict {folder} YOUR_FILE", f"  trainwright eval {folder} --split {split}"]
-    elif task == "causal_lm":
-        used = [f"  trainwright generate {folder} --prompt 'def '"]
-    else:
-        used = [f"  trainwright train YOUR_TASK.yaml model.path={run.folder.model}"]
     return [
-        *used,
-        f"  trainwright runs show {folder.name}",
+        *(f"  {command}" for command in use_commands(run.recipe.task.name, folder, run.dataset.splits)),
+        f"  trainwright runs show {shlex.quote(folder.name)}",
         "  trainwright train YOUR_RECIPE.yaml data.source=YOUR_FILES",
     ]
 

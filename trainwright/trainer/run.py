@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,6 +110,15 @@ class Run:
         began = time.perf_counter()
         batch = next(self.loader)
         return batch, time.perf_counter() - began
+
+    def inputs_of(self, batch: Mapping[str, Tensor]) -> int:
+        """Tokens that the model reads of a step's batch, without padding: this rank's rows, times the ranks that have
+        others."""
+        lengths = batch.get("lengths")
+        own = batch["input_ids"].numel() if lengths is None else int(lengths.sum())
+        if "text_lengths" in batch:  # further texts of the same rows
+            own += int(batch["text_lengths"].sum())
+        return own * self.engine.data_parallel.mesh.rows[1]
 
     @property
     def validation_rows(self) -> int:
@@ -222,6 +231,7 @@ class Run:
         """What the run really cost, to stand beside the prediction."""
         return {
             "tokens_per_second": self.meter.tokens_per_second,
+            "inputs_per_second": self.meter.inputs_per_second,
             "mfu": self.meter.mfu,
             "seconds": self.state.seconds,
             "memory_bytes": peak_memory_bytes(),

@@ -176,7 +176,7 @@ def test_the_encoder_crosses_processes_and_says_what_it_does() -> None:
         bind([{**REVIEWS[0], "text2": "a"}, REVIEWS[2]]),
     ]
     assert len({task.encoder.fingerprint, *(other.encoder.fingerprint for other in others)}) == 7
-    same = bind(REVIEWS, focal_gamma=2.0, r_drop=1.0, class_weights="auto", head_dropout=0.3, threshold=0.4)
+    same = bind(REVIEWS, focal_gamma=2.0, r_drop=1.0, class_weights="auto", head_dropout=0.3)
     assert same.encoder.fingerprint == task.encoder.fingerprint  # the loss does not change the rows
 
 
