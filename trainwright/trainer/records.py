@@ -17,6 +17,7 @@ from trainwright.trainer.resume import Entered
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import environment, write_json
 from trainwright.trainer.settle import Settled
+from trainwright.trainer.task import save_task
 
 __all__ = ["begin_session", "console_sink", "end_session", "file_sinks"]
 
@@ -44,6 +45,7 @@ def begin_session(run: Run, entered: Entered, settled: Settled) -> None:
     folder.recipe.write_text(settled.loaded.to_yaml(), encoding="utf-8")
     write_json(folder.plan, settled.plan.to_dict())
     run.tokenizer.save(folder.tokenizer)
+    save_task(run.recipe, run.dataset, folder.path, run.ranks)
     sessions = [
         *folder.read_info().get("sessions", []),
         {"started": _now(), "from_step": run.state.step, "status": "running"},
