@@ -12,7 +12,7 @@ import pytest
 
 from trainwright.config import load_recipe
 from trainwright.trainer import Trainer, export_run
-from trainwright.trainer.assess import open_trained
+from trainwright.trainer.trained import open_trained
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES = REPOSITORY / "examples" / "samples"
@@ -112,10 +112,12 @@ def written(path: Path, *records: dict[str, Any]) -> Path:
 def test_questions_without_answers_are_answered(runs: Path, trainwright: Run, tmp_path: Path) -> None:
     asked = {"messages": [{"role": "user", "content": "What is a cat?"}]}
     again = {"messages": [*asked["messages"], {"role": "assistant", "content": "?"}, {"role": "user", "content": "Go"}]}
-    data = written(tmp_path / "问题" / "聊天.jsonl", asked, {"text": "only running text"}, again)
+    data = written(tmp_path / "问题" / "聊天.jsonl", asked, again)
     found = lines_of(trainwright, "sft-dolly", data, cwd=runs)
-    assert [sorted(line) for line in found] == [["ended", "text", "tokens"], ["error"], ["ended", "text", "tokens"]]
-    assert "asks nothing" in found[1]["error"]
+    assert [sorted(line) for line in found] == [["ended", "text", "tokens"]] * 2
+    mixed = written(tmp_path / "问题" / "两.jsonl", again, {"messages": again["messages"][:2]})
+    metrics = judged(trainwright, "sft-dolly", "--data", str(mixed), "--format", "auto", cwd=runs)
+    assert 0 <= metrics["eos_rate"] <= 1, "the chat that ends with the user is passed over"
 
 
 def test_labels_that_the_model_does_not_know_do_not_hinder_predictions(

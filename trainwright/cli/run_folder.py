@@ -25,7 +25,7 @@ class RunSummary:
         status: running, finished, interrupted, diverged, failed, or "died" when its process is gone without a word.
         step, total_steps, tokens, seconds: how far it came.
         validation_loss, best_loss: mean nats per token, last and lowest.
-        tokens_per_second: that the model reads, measured in steady state.
+        tokens_per_second, inputs_per_second: trained, and read by the model; measured in steady state.
         metric: name of the task's own metric, of which more is better; None where it is the loss.
         last_metric, best_metric: in the evaluations. reported: at the end, by split.
         info: all of run.json.
@@ -42,6 +42,7 @@ class RunSummary:
     validation_loss: float | None = None
     best_loss: float | None = None
     tokens_per_second: float | None = None
+    inputs_per_second: float | None = None
     metric: str | None = None
     last_metric: float | None = None
     best_metric: float | None = None
@@ -51,6 +52,11 @@ class RunSummary:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second that the model reads; the trained ones where the run did not count these."""
+        return self.inputs_per_second or self.tokens_per_second
 
 
 def list_runs(root: Path) -> list[RunSummary]:
@@ -129,8 +135,8 @@ def read_run(path: Path) -> RunSummary:
         seconds=result.get("seconds"),
         validation_loss=newest("loss", "eval", result.get("validation_loss")),
         best_loss=min(losses, default=result.get("best_loss")),
-        tokens_per_second=newest("inputs_per_second", "step", measured.get("inputs_per_second"))
-        or newest("tokens_per_second", "step", measured.get("tokens_per_second")),  # of versions that count no inputs
+        tokens_per_second=newest("tokens_per_second", "step", measured.get("tokens_per_second")),
+        inputs_per_second=newest("inputs_per_second", "step", measured.get("inputs_per_second")),
         metric=metric,
         last_metric=values[-1] if values else None,
         best_metric=max(values, default=None),

@@ -64,7 +64,7 @@ def _row(run: RunSummary) -> tuple[str, ...]:
         _loss(run.validation_loss),
         _loss(run.best_loss),
         "-" if run.best_metric is None else f"{run.metric} {_metric(run.best_metric)}",
-        _count(run.tokens_per_second),
+        _count(run.speed),
         _time(run.seconds),
     )
 
@@ -111,7 +111,7 @@ def show_lines(path: Path) -> list[str]:
         ("steps", _steps(run)),
         ("tokens", _count(run.tokens)),
         ("time", _time(run.seconds)),
-        ("speed", f"{_count(run.tokens_per_second)} tokens/s{_predicted(info)}"),
+        ("speed", _speed(run)),
         ("loss", f"{_loss(run.validation_loss)} (best {_loss(run.best_loss)})"),
     ]
     if run.metric is not None:
@@ -128,9 +128,14 @@ def show_lines(path: Path) -> list[str]:
     return lines + _next_lines(run, str(recipe.get("task.name") or recipe.get("task") or "causal_lm"))
 
 
-def _predicted(info: dict[str, Any]) -> str:
-    rate = (info.get("predicted") or {}).get("tokens_per_second")
-    return f" (predicted {human_count(rate)})" if rate else ""
+def _speed(run: RunSummary) -> str:
+    """What was read a second, and what was trained, which is what the plan predicts, where that is another number."""
+    text = f"{_count(run.speed)} tokens/s"
+    trained = f"{_count(run.tokens_per_second)} tokens/s"
+    if trained != text:
+        text += f" read, {trained} trained"
+    rate = (run.info.get("predicted") or {}).get("tokens_per_second")
+    return f"{text} (predicted {human_count(rate)})" if rate else text
 
 
 def _evaluation_lines(path: Path, shown: int = 10) -> list[str]:
@@ -223,7 +228,7 @@ def compare_lines(paths: Sequence[Path]) -> list[str]:
         *_metric_rows(runs),
         ("steps", *(_steps(run) for run in runs)),
         ("tokens", *(_count(run.tokens) for run in runs)),
-        ("tokens/s", *_marked([run.tokens_per_second for run in runs], _count, low=False)),
+        ("tokens/s", *_marked([run.speed for run in runs], _count, low=False)),
         ("time", *(_time(run.seconds) for run in runs)),
     ]
     return [*lines, "", *align_columns([("result", *names), *results])]

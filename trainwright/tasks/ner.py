@@ -24,7 +24,7 @@ from trainwright.tasks.labelled_windows import windows_of
 from trainwright.tasks.labels import LabelNames, place_of
 from trainwright.tasks.metrics.entities import Entity, entities, entity_scores
 from trainwright.tasks.ner_report import entity_errors, type_confusion
-from trainwright.tasks.task import Batch, LossOutput, Metric, Record, Report
+from trainwright.tasks.task import PREDICT_INSTEAD, Batch, LossOutput, Metric, Record, Report
 
 __all__ = ["NER", "NERDefinition", "TagEncoder"]
 
@@ -277,7 +277,7 @@ class NER:
         """
         pairs = [(r, p) for r, p in zip(records, predictions, strict=True) if r.get("tags") is not None]
         if not pairs:
-            raise DataError("no record has tags to compare predictions with")
+            raise DataError("no record has tags to compare predictions with", hint=PREDICT_INSTEAD)
         true = [write_tags(_entities(record), len(record["tokens"])) for record, _ in pairs]
         given = [list(prediction["tags"]) for _, prediction in pairs]
         metrics, table = entity_scores(true, given)

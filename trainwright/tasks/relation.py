@@ -21,7 +21,7 @@ from trainwright.tasks.labelled_frame import ENCODER_TOKENS, Frame, WordPieces, 
 from trainwright.tasks.labels import LabelNames, class_weights, label_name, place_of
 from trainwright.tasks.metrics.classes import single
 from trainwright.tasks.metrics.relations import relation_scores
-from trainwright.tasks.task import LISTED_ERRORS, Batch, LossOutput, Metric, Record, Report, Table
+from trainwright.tasks.task import LISTED_ERRORS, PREDICT_INSTEAD, Batch, LossOutput, Metric, Record, Report, Table
 
 __all__ = ["MARKERS", "Relation", "RelationDefinition", "RelationEncoder", "marker_ids"]
 
@@ -247,7 +247,7 @@ class Relation:
         """
         pairs = [(r, p) for r, p in zip(records, predictions, strict=True) if r.get("relation") is not None]
         if not pairs:
-            raise DataError("no record has a relation to compare predictions with")
+            raise DataError("no record has a relation to compare predictions with", hint=PREDICT_INSTEAD)
         true = [self.labels.known(label_name(record["relation"])) for record, _ in pairs]
         given = [str(prediction["relation"]) for _, prediction in pairs]
         metrics, table = relation_scores(true, given, self.other)

@@ -23,6 +23,7 @@ from trainwright.models.heads import HeadSpec
 
 __all__ = [
     "LISTED_ERRORS",
+    "PREDICT_INSTEAD",
     "Batch",
     "ExampleTask",
     "GeneratingTask",
@@ -41,6 +42,8 @@ Record = Mapping[str, Any]
 """Fields of one record by name: see `data.records.record.SHAPES`; "where" says where it stands."""
 LISTED_ERRORS = 2000
 """Errors that a report lists at most."""
+PREDICT_INSTEAD = "check data.columns; `trainwright predict` needs no answers"
+"""What to do with records that say nowhere what is right."""
 
 
 @dataclass(frozen=True)

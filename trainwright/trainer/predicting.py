@@ -13,7 +13,8 @@ from trainwright.base.errors import DataError
 from trainwright.data.examples.encoding import Refusal
 from trainwright.data.records.record import SHAPES, TASK_SHAPES
 from trainwright.tasks.labels import place_of
-from trainwright.trainer.assess import Trained, predict
+from trainwright.trainer.assess import predict
+from trainwright.trainer.trained import Trained
 
 __all__ = ["predict_file"]
 

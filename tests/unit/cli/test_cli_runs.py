@@ -180,7 +180,7 @@ def test_the_metric_of_the_task_is_shown(tmp_path: Path, capsys: pytest.CaptureF
     run = read_run(entities)
     assert (run.metric, run.last_metric, run.best_metric) == ("f1", 0.5, 0.75)
     assert run.reported == {"validation": 0.75, "test": 0.7}
-    assert run.tokens_per_second == 1900.0, "tokens that are read, not words that are labelled"
+    assert (run.speed, run.tokens_per_second) == (1900.0, 64.0), "tokens that are read, and words that are labelled"
     judged(make_run(tmp_path, "texts"), task="translation", metric="bleu", values=[20.0, 31.5], test=30.0)
     make_run(tmp_path, "language")
     assert cli.main(["runs", "list", "--dir", str(tmp_path)]) == 0
@@ -191,6 +191,7 @@ def test_the_metric_of_the_task_is_shown(tmp_path: Path, capsys: pytest.CaptureF
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["f1", "0.5000", "(best", "0.7500)"] in shown
     assert ["test", "f1", "0.7000", "at", "the", "end"] in shown
+    assert ["speed", "1.9k", "tokens/s", "read,", "64", "tokens/s", "trained"] in shown
     assert ["step", "tokens", "loss", "f1"] in shown
     assert ["2", "2", "0.5000", "0.7500"] in shown
     assert ["trainwright", "eval", f"'{tmp_path}/实体", "1'", "--split", "test"] in shown
