@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from trainwright.config import load_recipe
-from trainwright.trainer import Trainer
+from trainwright.trainer import Trainer, export_run
+from trainwright.trainer.trained import open_trained
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES = REPOSITORY / "examples" / "samples"
@@ -96,11 +97,59 @@ def test_a_chat_model_is_judged_and_writes(runs: Path, trainwright: Run) -> None
     assert len(done.stdout.splitlines()) == len((SAMPLES / "chats.jsonl").read_text(encoding="utf-8").splitlines())
 
 
+def lines_of(trainwright: Run, run: str, data: Path, *more: str, cwd: Path, **options: Any) -> list[dict[str, Any]]:
+    done = trainwright("predict", run, str(data), "--format", "auto", *more, cwd=cwd, **options)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def written(path: Path, *records: dict[str, Any]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records), encoding="utf-8")
+    return path
+
+
+def test_questions_without_answers_are_answered(runs: Path, trainwright: Run, tmp_path: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "What is a cat?"}]}
+    again = {"messages": [*asked["messages"], {"role": "assistant", "content": "?"}, {"role": "user", "content": "Go"}]}
+    data = written(tmp_path / "问题" / "聊天.jsonl", asked, again)
+    found = lines_of(trainwright, "sft-dolly", data, cwd=runs)
+    assert [sorted(line) for line in found] == [["ended", "text", "tokens"]] * 2
+    mixed = written(tmp_path / "问题" / "两.jsonl", again, {"messages": again["messages"][:2]})
+    metrics = judged(trainwright, "sft-dolly", "--data", str(mixed), "--format", "auto", cwd=runs)
+    assert 0 <= metrics["eos_rate"] <= 1, "the chat that ends with the user is passed over"
+
+
+def test_labels_that_the_model_does_not_know_do_not_hinder_predictions(
+    runs: Path, trainwright: Run, tmp_path: Path
+) -> None:
+    data = written(tmp_path / "数据" / "a.jsonl", {"text": "Who ?", "label": "NOPE"}, {"text": "哪年", "label": "HUM"})
+    found = lines_of(trainwright, "trec", data, cwd=runs)
+    assert [line["text"] for line in found] == ["Who ?", "哪年"]
+    done = trainwright("eval", "trec", "--data", str(data), "--format", "auto", cwd=runs)
+    assert done.returncode != 0
+    assert "a.jsonl:1" in done.stderr
+    assert "'NOPE' is none of the" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["trec", "sft-dolly"])
+def test_an_exported_checkpoint_knows_its_task(runs: Path, tmp_path: Path, name: str) -> None:
+    step = max(int(path.name.removeprefix("step-")) for path in (runs / name / "checkpoints").glob("step-*"))
+    folder = export_run(runs / name, tmp_path / "out", step=step)
+    for file in ("trainwright_task.json", "generation_config.json"):
+        there = [place / file for place in (runs / name / "model", folder)]
+        assert there[0].exists() == there[1].exists()
+        if there[0].exists():
+            assert json.loads(there[0].read_text(encoding="utf-8")) == json.loads(there[1].read_text(encoding="utf-8"))
+    assert open_trained(folder).section.name == {"trec": "classification", "sft-dolly": "sft"}[name]
+
+
 def test_what_cannot_be_judged_says_why(runs: Path, trainwright: Run, tmp_path: Path) -> None:
     for arguments, reason in (
         (("eval", str(tmp_path)), "no finished model"),
         (("eval", str(runs / "conll2003"), "--split", "dev"), "no split 'dev'"),
         (("predict", str(runs / "trec"), str(tmp_path / "none.jsonl")), "none.jsonl"),
+        (("predict", str(runs / "trec"), "-", "--device", "gpu"), "no device 'gpu'"),
     ):
         done = trainwright(*arguments, cwd=runs)
         assert done.returncode != 0

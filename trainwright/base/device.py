@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from trainwright.base.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "DeviceFacts",
     "DeviceKind",
+    "chosen_device",
     "cpu_cores",
     "cpu_flags",
     "device_facts",
@@ -83,6 +86,26 @@ def device_facts(kind: DeviceKind | None = None) -> DeviceFacts:
         compiler=find_compiler(),
         torch_version=str(torch.__version__),
     )
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name: cpu, cuda (or cuda:1), mps; "auto" is the best one present.
+
+    Raises:
+        ConfigError: no device is called so, or this machine has none.
+    """
+    import torch
+
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, number = name.partition(":")
+    if name == "auto":
+        return torch.device(device_facts().kind)
+    if kind not in there or not (number.isdecimal() or number == ""):
+        raise ConfigError(f"there is no device {name!r}", hint="auto, cpu, cuda, cuda:1 or mps")
+    if int(number or 0) >= there[kind]:
+        present = ", ".join(f"{count} {one}" for one, count in there.items() if count)
+        raise ConfigError(f"device {name} is not here; this machine has {present}", hint="leave it at auto")
+    return torch.device(name)
 
 
 def cpu_cores() -> int:

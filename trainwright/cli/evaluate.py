@@ -45,8 +45,9 @@ def evaluate(
     precision: Numbers = "fp32",
 ) -> None:
     """Judge a finished model: loss, the task's metrics and report."""
-    from trainwright.trainer.assess import assess, open_trained
+    from trainwright.trainer.assess import assess
     from trainwright.trainer.report import write_report
+    from trainwright.trainer.trained import open_trained
 
     trained = open_trained(model, device=device, numbers=precision)
     result = assess(trained, split=split, source=data, format=format, rows=batch_rows, limit=limit)
@@ -85,12 +86,12 @@ def predict(
         raise ConfigError(f"{out} exists already", hint="name a new file; nothing is overwritten")
     if to is not None and out is None:
         raise ConfigError("--to needs a file", hint="give --out FILE")
-    from trainwright.trainer.assess import open_trained
     from trainwright.trainer.predicting import predict_file
+    from trainwright.trainer.trained import open_trained
 
     trained = open_trained(model, device=device, numbers=precision)
-    lines, failed = predict_file(trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin, format=format)
+    lines, refused = predict_file(trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin, format=format)
     for line in lines:
         print(line)
-    if failed:
-        print(f"{failed:,} records could not be used; their line says why", file=sys.stderr)
+    if refused:
+        print(f"{len(refused):,} records could not be used; the first: {refused[0]}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 from trainwright.base.errors import ConfigError
 from trainwright.base.text import did_you_mean
 
-__all__ = ["RunSummary", "evaluations", "find_run", "list_runs", "read_metrics", "read_run"]
+__all__ = ["RunSummary", "evaluations", "find_run", "list_runs", "own_metric", "read_metrics", "read_run"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class RunSummary:
         status: running, finished, interrupted, diverged, failed, or "died" when its process is gone without a word.
         step, total_steps, tokens, seconds: how far it came.
         validation_loss, best_loss: mean nats per token, last and lowest.
-        tokens_per_second: measured, in steady state.
+        tokens_per_second, inputs_per_second: trained, and read by the model; measured in steady state.
+        metric: name of the task's own metric, of which more is better; None where it is the loss.
+        last_metric, best_metric: in the evaluations. reported: at the end, by split.
         info: all of run.json.
     """
 
@@ -39,11 +42,21 @@ class RunSummary:
     validation_loss: float | None = None
     best_loss: float | None = None
     tokens_per_second: float | None = None
+    inputs_per_second: float | None = None
+    metric: str | None = None
+    last_metric: float | None = None
+    best_metric: float | None = None
+    reported: dict[str, float] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second that the model reads; the trained ones where the run did not count these."""
+        return self.inputs_per_second or self.tokens_per_second
 
 
 def list_runs(root: Path) -> list[RunSummary]:
@@ -89,11 +102,20 @@ def read_run(path: Path) -> RunSummary:
         raise ConfigError(f"{path / 'run.json'} holds a {type(info).__name__}, expected an object")
     result, measured = info.get("result") or {}, info.get("measured") or {}
     last: dict[str, dict[str, Any]] = {}
-    losses = []
+    losses: list[float] = []
+    metric: str | None = None
+    values: list[float] = []
+    reported: dict[str, float] = {}
     for record in read_metrics(path):
         last[record.get("kind", "")] = record
         if record.get("kind") == "eval" and isinstance(record.get("loss"), (int, float)):
             losses.append(record["loss"])
+        if (value := own_metric(record)) is not None:
+            metric = str(record["metric"])
+            if record.get("kind") == "eval":
+                values.append(value)
+            else:
+                reported[str(record.get("split"))] = value
     step, start = last.get("step", {}), last.get("run.start", {})
     running = info.get("status") == "running"
 
@@ -114,8 +136,20 @@ def read_run(path: Path) -> RunSummary:
         validation_loss=newest("loss", "eval", result.get("validation_loss")),
         best_loss=min(losses, default=result.get("best_loss")),
         tokens_per_second=newest("tokens_per_second", "step", measured.get("tokens_per_second")),
+        inputs_per_second=newest("inputs_per_second", "step", measured.get("inputs_per_second")),
+        metric=metric,
+        last_metric=values[-1] if values else None,
+        best_metric=max(values, default=None),
+        reported=reported,
         info=info,
     )
+
+
+def own_metric(record: dict[str, Any]) -> float | None:
+    """The task's own metric in a record of an evaluation or a report; None where that is the loss, or no number."""
+    found = record.get("metrics")
+    value = found.get(record.get("metric")) if isinstance(found, dict) else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _environment(info: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,8 @@ import typer
 
 from trainwright.base.errors import ConfigError
 from trainwright.base.text import align_columns, human_bytes, human_count, human_duration
-from trainwright.cli.run_folder import RunSummary, evaluations, find_run, list_runs, read_run
+from trainwright.cli.run_folder import RunSummary, evaluations, find_run, list_runs, own_metric, read_run
+from trainwright.config.tasks.commands import use_commands
 
 __all__ = ["app", "compare_lines", "list_lines", "show_lines"]
 
@@ -21,7 +23,7 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or fol
 
 @app.command("list")
 def list_(root: Root = Path("runs")) -> None:
-    """Every run: status, progress, loss, speed."""
+    """Every run: status, progress, loss, the task's metric, speed."""
     print("\n".join(list_lines(root)))
 
 
@@ -47,7 +49,7 @@ def list_lines(root: Path) -> list[str]:
     runs = list_runs(root)
     if not runs:
         return [f"no runs in {root}", "  -> trainwright train stdlib makes the first"]
-    header = ("run", "status", "started", "params", "steps", "tokens", "loss", "best", "tok/s", "time")
+    header = ("run", "status", "started", "params", "steps", "tokens", "loss", "best", "metric", "tok/s", "time")
     return align_columns([header, *(_row(run) for run in runs)], right=range(3, len(header)))
 
 
@@ -61,7 +63,8 @@ def _row(run: RunSummary) -> tuple[str, ...]:
         _count(run.tokens),
         _loss(run.validation_loss),
         _loss(run.best_loss),
-        _count(run.tokens_per_second),
+        "-" if run.best_metric is None else f"{run.metric} {_metric(run.best_metric)}",
+        _count(run.speed),
         _time(run.seconds),
     )
 
@@ -72,6 +75,11 @@ def _count(value: float | None) -> str:
 
 def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _metric(value: float | None) -> str:
+    """Four digits behind the point of fractions, two of scores up to 100."""
+    return "-" if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
 def _time(value: float | None) -> str:
@@ -103,31 +111,46 @@ def show_lines(path: Path) -> list[str]:
         ("steps", _steps(run)),
         ("tokens", _count(run.tokens)),
         ("time", _time(run.seconds)),
-        ("speed", f"{_count(run.tokens_per_second)} tokens/s{_predicted(info)}"),
+        ("speed", _speed(run)),
         ("loss", f"{_loss(run.validation_loss)} (best {_loss(run.best_loss)})"),
     ]
-    description = _recipe_values(path).get("run.description")
+    if run.metric is not None:
+        rows.append((run.metric, f"{_metric(run.last_metric)} (best {_metric(run.best_metric)})"))
+        rows += [(f"{split} {run.metric}", f"{_metric(value)} at the end") for split, value in run.reported.items()]
+    recipe = _recipe_values(path)
+    description = recipe.get("run.description")
     if description:
         rows.insert(1, ("about", str(description)))
     lines = align_columns(rows)
     lines += _evaluation_lines(path) + _checkpoint_lines(path)
     errors = [session["error"] for session in info.get("sessions") or [] if session.get("error")]
     lines += [f"error: {error}" for error in errors]
-    return lines + _next_lines(run)
+    return lines + _next_lines(run, str(recipe.get("task.name") or recipe.get("task") or "causal_lm"))
 
 
-def _predicted(info: dict[str, Any]) -> str:
-    rate = (info.get("predicted") or {}).get("tokens_per_second")
-    return f" (predicted {human_count(rate)})" if rate else ""
+def _speed(run: RunSummary) -> str:
+    """What was read a second, and what was trained, which is what the plan predicts, where that is another number."""
+    text = f"{_count(run.speed)} tokens/s"
+    trained = f"{_count(run.tokens_per_second)} tokens/s"
+    if trained != text:
+        text += f" read, {trained} trained"
+    rate = (run.info.get("predicted") or {}).get("tokens_per_second")
+    return f"{text} (predicted {human_count(rate)})" if rate else text
 
 
 def _evaluation_lines(path: Path, shown: int = 10) -> list[str]:
     records = evaluations(path)
     if not records:
         return []
-    header = ("step", "tokens", "loss", "perplexity")
+    metric = next((str(r["metric"]) for r in reversed(records) if own_metric(r) is not None), None)
+    header = ("step", "tokens", "loss", "perplexity" if metric is None else metric)
     rows = [
-        (str(r.get("step", "-")), _count(r.get("tokens")), _loss(r.get("loss")), _number(r.get("perplexity")))
+        (
+            str(r.get("step", "-")),
+            _count(r.get("tokens")),
+            _loss(r.get("loss")),
+            _number(r.get("perplexity")) if metric is None else _metric(own_metric(r)),
+        )
         for r in records[-shown:]
     ]
     title = f"evaluations ({len(records)}{f', last {shown} shown' if len(records) > shown else ''})"
@@ -150,11 +173,13 @@ def _checkpoint_lines(path: Path) -> list[str]:
     return ["", "checkpoints", *(f"  {line}" for line in align_columns(rows))]
 
 
-def _next_lines(run: RunSummary) -> list[str]:
+def _next_lines(run: RunSummary, task: str) -> list[str]:
     if (run.path / "model" / "config.json").is_file():
-        return ["", f"use it: trainwright generate {run.path} --prompt '...'"]
+        splits = tuple(run.reported) or ("validation",)
+        return ["", "use it:", *(f"  {command}" for command in use_commands(task, run.path, splits))]
     if run.status in ("interrupted", "died", "failed"):
-        return ["", f"go on:  trainwright train RECIPE --resume {run.path}"]
+        folder = shlex.quote(str(run.path))
+        return ["", f"go on:  trainwright train {folder} --resume {folder}"]
     return []
 
 
@@ -200,12 +225,25 @@ def compare_lines(paths: Sequence[Path]) -> list[str]:
         ("status", *(run.status for run in runs)),
         ("final loss", *_marked([run.validation_loss for run in runs], _loss, low=True)),
         ("best loss", *_marked([run.best_loss for run in runs], _loss, low=True)),
+        *_metric_rows(runs),
         ("steps", *(_steps(run) for run in runs)),
         ("tokens", *(_count(run.tokens) for run in runs)),
-        ("tokens/s", *_marked([run.tokens_per_second for run in runs], _count, low=False)),
+        ("tokens/s", *_marked([run.speed for run in runs], _count, low=False)),
         ("time", *(_time(run.seconds) for run in runs)),
     ]
     return [*lines, "", *align_columns([("result", *names), *results])]
+
+
+def _metric_rows(runs: Sequence[RunSummary]) -> list[tuple[str, ...]]:
+    """The metrics of the runs' tasks: the best of the evaluations, and those of the reports at the end."""
+    rows = []
+    for metric in dict.fromkeys(run.metric for run in runs if run.metric is not None):
+        of_it = [run if run.metric == metric else RunSummary(run.path, run.status) for run in runs]
+        rows.append((f"best {metric}", *_marked([run.best_metric for run in of_it], _metric, low=False)))
+        for split in dict.fromkeys(split for run in of_it for split in run.reported):
+            values = [run.reported.get(split) for run in of_it]
+            rows.append((f"{split} {metric} at the end", *_marked(values, _metric, low=False)))
+    return rows
 
 
 def _marked(values: Sequence[float | None], text: Any, *, low: bool) -> list[str]:

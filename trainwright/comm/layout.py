@@ -8,15 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainwright.base.errors import ConfigError
+from trainwright.config.pipeline_section import SCHEDULES, V_SCHEDULES
 
 __all__ = ["SCHEDULES", "V_SCHEDULES", "Layout", "PipelineLayout"]
-
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "interleaved_zb", "zbv", "dualpipev")
-"""Orders of work in a pipeline: GPipe (arXiv 1811.06965), 1F1B and interleaved (arXiv 2104.04473), zero-bubble
-(arXiv 2401.10241), DualPipe-V (DeepSeek-V3, arXiv 2412.19437)."""
-
-V_SCHEDULES = ("zbv", "dualpipev")
-"""Those that place the first and the last part on one rank, and always two parts on each."""
 
 
 @dataclass(frozen=True)

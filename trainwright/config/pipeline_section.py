@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator
 
 from trainwright.config.fields import Auto, Listed, Whole, Words
 from trainwright.config.section import Section
 
-__all__ = ["SCHEDULES", "Pipeline", "PipelineSection", "parts_per_rank"]
+__all__ = ["SCHEDULES", "V_SCHEDULES", "Pipeline", "PipelineSection", "parts_per_rank"]
 
 ScheduleName: TypeAlias = Literal["gpipe", "1f1b", "interleaved", "interleaved_zb", "zbv", "dualpipev"]
-SCHEDULES: tuple[str, ...] = ("gpipe", "1f1b", "interleaved", "interleaved_zb", "zbv", "dualpipev")
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+"""Orders of work in a pipeline: GPipe (arXiv 1811.06965), 1F1B and interleaved (arXiv 2104.04473), zero-bubble
+(arXiv 2401.10241), DualPipe-V (DeepSeek-V3, arXiv 2412.19437)."""
+
+V_SCHEDULES = ("zbv", "dualpipev")
+"""Those that place the first and the last part on one rank, and always two parts on each."""
 
 INTERLEAVED = ("interleaved", "interleaved_zb")
-V_SHAPED = ("zbv", "dualpipev")
 INTERLEAVED_PARTS = 2  # the least that is interleaved: each part more sends as much again
 
 
 def parts_per_rank(schedule: str, virtual: int | Auto) -> int:
     """Parts of the model on each rank of the pipeline: what `virtual` says, or what the schedule's shape asks for."""
-    if schedule in V_SHAPED:
+    if schedule in V_SCHEDULES:
         return 2
     if schedule not in INTERLEAVED:
         return 1

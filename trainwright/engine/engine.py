@@ -31,6 +31,7 @@ from trainwright.optim import EMA, LossScaler, StepInBackward, clip_factor, part
 from trainwright.optim.groups import NOTHING_TO_TRAIN
 from trainwright.parallel import DataParallel, apply_zero
 from trainwright.parallel.pipeline import alias_parameters
+from trainwright.parallel.pipeline.runner import Loss, LossSum
 
 __all__ = ["Batch", "Engine", "ForwardBackward", "Loss", "LossSum", "Optimizer", "StepReport"]
 
@@ -42,20 +43,6 @@ Batch = Mapping[str, Tensor]
 
 Guard = Callable[[float, float], bool]
 """Given the mean loss and the gradient norm of a step, says whether the step may be taken."""
-
-
-class LossSum(Protocol):
-    """What a task hands to `Engine.backward`: the loss summed over `count` trained tokens."""
-
-    @property
-    def loss_sum(self) -> Tensor: ...
-
-    @property
-    def count(self) -> Tensor: ...
-
-
-Loss = Callable[[Any, Batch], LossSum]
-"""How a model and a batch become a loss: `Task.loss`, `Task.evaluate`."""
 
 
 class ForwardBackward(Protocol):

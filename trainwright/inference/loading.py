@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainwright.base.device import device_facts
+from trainwright.base.device import chosen_device
 from trainwright.base.errors import CheckpointError, ModelError
 from trainwright.checkpoint import latest
 from trainwright.data import load_tokenizer
@@ -28,7 +28,7 @@ def load_generator(
 
     path: a Hugging Face folder; or a run folder, of which the exported `model/` is taken, else the newest checkpoint
         that can be believed (averaged weights where the run keeps them).
-    device: "auto" takes CUDA, then MPS, then the CPU. dtype: None keeps that of the stored weights, but widens float16
+    device: a name is read by `chosen_device`. dtype: None keeps that of the stored weights, but widens float16
         to float32 on a CPU, which computes it slowly.
 
     Raises:
@@ -36,7 +36,7 @@ def load_generator(
         DataError: the tokenizer is missing or malformed.
     """
     path = Path(path)
-    target = torch.device(device_facts().kind if device == "auto" else device)
+    target = chosen_device(device) if isinstance(device, str) else device
     if (path / "config.json").is_file():
         return _from_folder(path, target, dtype)
     if (path / "model" / "config.json").is_file():

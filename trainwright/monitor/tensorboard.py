@@ -21,6 +21,7 @@ STEP_TAGS = {
     "grad_norm": "train/grad_norm",
     "tokens": "train/tokens",
     "tokens_per_second": "speed/tokens_per_second",
+    "inputs_per_second": "speed/inputs_per_second",
     "mfu": "speed/mfu",
     "data_wait": "speed/data_wait",
     "step_seconds": "speed/step_seconds",

@@ -14,6 +14,7 @@ __all__ = ["ThroughputMeter"]
 @dataclass(frozen=True)
 class _Step:
     tokens: int
+    inputs: int
     seconds: float
     waited: float
 
@@ -38,23 +39,24 @@ class ThroughputMeter:
         self._steps: deque[_Step] = deque(maxlen=window)
         self._warm = False
 
-    def step(self, *, tokens: int, seconds: float, waited: float = 0.0) -> None:
+    def step(self, *, tokens: int, seconds: float, waited: float = 0.0, inputs: int = 0) -> None:
         """Count one step.
 
         Args:
-            tokens: trained tokens of the step.
+            tokens: trained tokens (texts, words) of the step.
+            inputs: tokens that the model read in it, without padding.
             seconds: its whole duration, waiting for data included, evaluation and saving not.
             waited: the part of `seconds` spent waiting for data.
         """
         if self._left_out > 0:
             self._left_out -= 1
             # Until a warm step arrives these are the only ones to speak of; then they are forgotten.
-            self._steps.append(_Step(tokens, seconds, waited))
+            self._steps.append(_Step(tokens, inputs, seconds, waited))
             return
         if not self._warm:
             self._steps.clear()
             self._warm = True
-        self._steps.append(_Step(tokens, seconds, waited))
+        self._steps.append(_Step(tokens, inputs, seconds, waited))
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -65,6 +67,11 @@ class ThroughputMeter:
     def tokens_per_second(self) -> float | None:
         """None before the first step."""
         return sum(step.tokens for step in self._steps) / self._seconds if self._seconds > 0 else None
+
+    @property
+    def inputs_per_second(self) -> float | None:
+        """Tokens that the model reads, trained or not; None before the first step."""
+        return sum(step.inputs for step in self._steps) / self._seconds if self._seconds > 0 else None
 
     @property
     def mfu(self) -> float | None:

@@ -43,7 +43,8 @@ def step_parts(
     step, total = record.get("step", 0), record.get("total_steps")
     parts = [f"step {step}/{total} {100 * step / total:.1f}%" if total else f"step {step}"]
     parts.append(_loss(record, average))
-    if (rate := _number(record, "tokens_per_second")) is not None:
+    rate = _number(record, "inputs_per_second") or _number(record, "tokens_per_second")
+    if rate is not None:
         parts.append(f"{human_count(rate)} tok/s")
     eta = _number(record, "eta_seconds")
     if (mfu := _number(record, "mfu")) is not None:

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.config.tasks.labelled import ClassificationSection
-from trainwright.data.examples.example import IGNORE, Encoded, Example, ExampleEncoder, Feature
+from trainwright.data.examples.example import ExampleEncoder
 from trainwright.data.tokenizer_core import Tokenizer
 from trainwright.models.heads import HeadSpec
+from trainwright.tasks.classification_encoder import TextEncoder, names_of, number_of
 from trainwright.tasks.labelled_classes import ClassObjective, Problem, probabilities
-from trainwright.tasks.labelled_frame import ENCODER_TOKENS, Frame, frame_of
+from trainwright.tasks.labelled_frame import ENCODER_TOKENS, frame_of
 from trainwright.tasks.labels import LabelNames, class_weights, label_name, place_of
 from trainwright.tasks.metrics.classes import several, single
 from trainwright.tasks.metrics.correlation import number_scores
-from trainwright.tasks.task import LossOutput, Metric, Report, Table
+from trainwright.tasks.task import LISTED_ERRORS, PREDICT_INSTEAD, Batch, LossOutput, Metric, Record, Report, Table
 
-__all__ = ["Classification", "ClassificationDefinition", "TextEncoder"]
-
-Record = Mapping[str, Any]
-Batch = Mapping[str, Tensor]
+__all__ = ["Classification", "ClassificationDefinition"]
 
 BEST = {
     "single_label": Metric("accuracy", higher=True),
     "multi_label": Metric("f1_micro", higher=True),
     "regression": Metric("pearson", higher=True),
 }
-LISTED_ERRORS = 2000
 
 
 @dataclass(frozen=True)
@@ -71,8 +63,8 @@ class ClassificationDefinition:
             if problem == "auto":
                 kinds.setdefault(_kind(label), place_of(record))
             elif problem == "regression":
-                _number(label, record)
-            counts.update(_names(label))
+                number_of(label, record)
+            counts.update(names_of(label))
         if problem == "auto":
             problem = _only_kind(kinds)
         if problem == "regression":
@@ -80,9 +72,11 @@ class ClassificationDefinition:
         return {"problem": problem, "counts": dict(counts), "rows": rows, "labelled": labelled, "pairs": pairs > 0}
 
     def bind(self, survey: Mapping[str, Any], tokenizer: Tokenizer) -> Classification:
-        """The task for these labels. Raises ConfigError where rows are too short for any text."""
+        """The task for these labels. Raises ConfigError where rows are too short for any text, and for options that do
+        nothing with labels of this kind."""
         section = self.section
         problem: Problem = survey["problem"]
+        _refuse_idle(section, problem)
         if problem == "regression":
             labels = LabelNames(["value"])
         else:
@@ -96,6 +90,19 @@ class ClassificationDefinition:
             tokenizer, frame, labels, problem, self.max_length, typed=bool(survey["pairs"]), cut=section.cut
         )
         return Classification(section, problem, labels, encoder, int(survey["labelled"]))
+
+
+def _refuse_idle(section: ClassificationSection, problem: Problem) -> None:
+    """What the recipe could not know while `problem` was auto."""
+    settled = section.model_copy(update={"problem": problem})
+    reasons = {**settled.without_effect(), **{key: f"expected {wanted}" for key, wanted in settled.problems()}}
+    for key, reason in reasons.items():
+        if getattr(section, key) != type(section).model_fields[key].default:
+            raise ConfigError(
+                f"task.{key} is {getattr(section, key)!r}, and the labels of the training data make the problem "
+                f"{problem}: {reason}",
+                hint=f"leave task.{key} out, or name another task.problem",
+            )
 
 
 def _kind(label: Any) -> str:
@@ -113,129 +120,6 @@ def _only_kind(kinds: Mapping[str, str]) -> Problem:
         raise DataError(f"labels are {seen}; expected one kind", hint="write task.problem, or mend the data")
     problem: Any = next(iter(kinds))
     return problem
-
-
-def _names(label: Any) -> list[str]:
-    values = label if isinstance(label, (list, tuple)) else [label]
-    return list(dict.fromkeys(label_name(value) for value in values))
-
-
-def _number(label: Any, record: Record) -> float:
-    try:
-        value = float(label)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise DataError(
-            f"{place_of(record)}label is {label!r:.60}; expected a number",
-            hint="name another column: data.columns: {label: NAME}, or write task.problem: single_label",
-        )
-    return value
-
-
-class TextEncoder:
-    """Rows of texts and pairs. Pure, and can be pickled."""
-
-    packable = False
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        frame: Frame,
-        labels: LabelNames,
-        problem: Problem,
-        max_length: int,
-        *,
-        typed: bool = False,
-        cut: str = "end",
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.frame = frame
-        self.labels = labels
-        self.problem = problem
-        self.max_length = max_length
-        self.typed = typed and frame.typed
-        self.cut = cut
-        target = {
-            "single_label": Feature("labels", "int64", "row", IGNORE),
-            "multi_label": Feature("labels", "float32", "row", math.nan, (len(labels),)),
-            "regression": Feature("labels", "float32", "row", math.nan),
-        }[problem]
-        pad = tokenizer.pad_id
-        ids = Feature("input_ids", "int32", "tokens", 0 if pad is None else pad)
-        types = (Feature("token_type_ids", "int32", "tokens"),) if self.typed else ()
-        self.features: tuple[Feature, ...] = (ids, *types, target)
-        names = [] if problem == "regression" else [labels.names, labels.unseen_as]
-        facts = ["classification", 1, problem, names, max_length, cut, self.typed, repr(frame)]
-        self.fingerprint = json.dumps(facts, ensure_ascii=False)
-
-    def encode(self, record: Record) -> Encoded:
-        """One row. Raises DataError for a label that the training data does not have."""
-        first = self.tokenizer.encode(record["text"], parse_special=False)
-        other = record.get("text2")
-        second = None if other is None else self.tokenizer.encode(other, parse_special=False)
-        size = (self.frame.one if second is None else self.frame.two).size
-        before = len(first) + len(second or ())
-        first, second = _fit(first, second, self.max_length - size, self.cut)
-        arrays: dict[str, Any] = {}
-        if second is None:
-            ids = self.frame.single(first)
-            types = [0] * len(ids)
-        else:
-            ids, types = self.frame.pair(first, second), self.frame.pair_types(len(first), len(second))
-        if not ids:
-            return Encoded(dropped="the text is empty")
-        arrays["input_ids"] = np.asarray(ids, dtype=np.int32)
-        if self.typed:
-            arrays["token_type_ids"] = np.asarray(types, dtype=np.int32)
-        arrays["labels"] = self.target(record)
-        return Encoded((Example(arrays),), cut_tokens=before - len(first) - len(second or ()))
-
-    def target(self, record: Record) -> Any:
-        """The label as an array; what is not trained where the record has none."""
-        label = record.get("label")
-        if self.problem == "regression":
-            return np.asarray(math.nan if label is None else _number(label, record), dtype=np.float32)
-        if self.problem == "single_label":
-            if label is None:
-                return np.asarray(IGNORE, dtype=np.int64)
-            if isinstance(label, (list, tuple)):
-                raise DataError(
-                    f"the label is a list ({label!r:.60}); expected one label", hint="write task.problem: multi_label"
-                )
-            return np.asarray(self.labels.index(label_name(label)), dtype=np.int64)
-        if label is None:
-            return np.full(len(self.labels), math.nan, dtype=np.float32)
-        several_hot = np.zeros(len(self.labels), dtype=np.float32)
-        for name in _names(label):
-            several_hot[self.labels.index(name)] = 1.0
-        return several_hot
-
-
-def _fit(first: list[int], second: list[int] | None, room: int, cut: str) -> tuple[list[int], list[int] | None]:
-    """Both texts cut to `room` tokens together; of a pair the longer one gives first."""
-    if second is None:
-        return _shorten(first, room, cut), None
-    small = room // 2
-    if len(first) + len(second) > room:
-        if len(first) <= small:
-            second = _shorten(second, room - len(first), cut)
-        elif len(second) <= room - small:
-            first = _shorten(first, room - len(second), cut)
-        else:
-            first, second = _shorten(first, small, cut), _shorten(second, room - small, cut)
-    return first, second
-
-
-def _shorten(ids: list[int], room: int, cut: str) -> list[int]:
-    if len(ids) <= room:
-        return ids
-    if cut == "start":
-        return ids[len(ids) - room :]
-    if cut == "middle":
-        head = (room + 1) // 2
-        return ids[:head] + ids[len(ids) - (room - head) :]
-    return ids[:room]
 
 
 class Classification:
@@ -302,7 +186,7 @@ class Classification:
         """
         pairs = [(r, p) for r, p in zip(records, predictions, strict=True) if r.get("label") is not None]
         if not pairs:
-            raise DataError("no record has a label to compare predictions with")
+            raise DataError("no record has a label to compare predictions with", hint=PREDICT_INSTEAD)
         if self.problem == "regression":
             return _number_report(pairs)
         if self.problem == "multi_label":
@@ -328,7 +212,7 @@ class Classification:
             there = {self.labels.known(name) for name in names}
             return [int(name in there) for name in self.labels.names]
 
-        true = [hot(_names(record["label"])) for record, _ in pairs]
+        true = [hot(names_of(record["label"])) for record, _ in pairs]
         given = [hot(prediction["label"]) for _, prediction in pairs]
         metrics, table = several(true, given, self.labels.names)
         errors = [
@@ -361,7 +245,7 @@ def _texts(record: Record) -> dict[str, Any]:
 
 
 def _number_report(pairs: Sequence[tuple[Record, Mapping[str, Any]]]) -> Report:
-    true = [_number(record["label"], record) for record, _ in pairs]
+    true = [number_of(record["label"], record) for record, _ in pairs]
     given = [float(prediction["label"]) for _, prediction in pairs]
     metrics = number_scores(true, given)
     table = Table("numbers", ("", "value"), (*metrics.items(), ("texts", len(pairs))))

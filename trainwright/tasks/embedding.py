@@ -26,14 +26,12 @@ from trainwright.tasks.contrastive import NO_TEXT, Texts, contrastive_loss, gath
 from trainwright.tasks.labelled_frame import ENCODER_TOKENS, Frame, frame_of
 from trainwright.tasks.labelled_loss import auxiliary
 from trainwright.tasks.pair_encoder import shorter_text
-from trainwright.tasks.task import LossOutput, Metric, Report, Table
+from trainwright.tasks.task import LISTED_ERRORS, Batch, LossOutput, Metric, Report, Table
 from trainwright.tasks.text_metrics.retrieval import retrieval_scores
 
 __all__ = ["AnchorEncoder", "Embedding", "EmbeddingDefinition"]
 
-Batch = Mapping[str, Tensor]
 _VERSION = 1
-_LISTED_ERRORS = 2000
 
 
 class EmbeddingDefinition:
@@ -216,17 +214,16 @@ class Embedding:
     def report(self, records: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]]) -> Report:
         """Search every different anchor among all different positives of the records: recall, MRR and nDCG.
 
-        Raises DataError where a record has no positive.
+        Raises DataError where no record has a positive.
         """
+        pairs = [(r, p) for r, p in zip(records, predictions, strict=True) if r.get("positive") is not None]
+        if not pairs:
+            raise DataError("no record has a positive to find", hint="give pairs, or use `predict`, which needs none")
         queries: dict[str, int] = {}
         documents: dict[str, int] = {}
         relevant: list[set[int]] = []
         vectors: dict[str, list[Any]] = {"anchor": [], "positive": []}
-        for record, prediction in zip(records, predictions, strict=True):
-            if record.get("positive") is None:
-                raise DataError(
-                    "a record has no positive to find", hint="give pairs, or use `predict`, which needs none"
-                )
+        for record, prediction in pairs:
             query, document = record["anchor"].strip(), record["positive"].strip()
             if query not in queries:
                 queries[query] = len(queries)
@@ -247,7 +244,7 @@ class Embedding:
         ]
         note = f"{len(queries)} queries, every one searched among {len(documents)} texts; cosine similarity"
         table = Table("Retrieval", tuple(metrics), (tuple(metrics.values()),), (note,))
-        return Report(metrics=metrics, tables=(table,), errors=tuple(errors[:_LISTED_ERRORS]))
+        return Report(metrics=metrics, tables=(table,), errors=tuple(errors[:LISTED_ERRORS]))
 
 
 def _width(batch: Batch, negatives: int) -> int:

@@ -219,6 +219,10 @@ class Writing:
     def max_new_tokens(self) -> int:
         return self._max_new_tokens
 
+    def answered(self, record: Mapping[str, Any]) -> bool:
+        """Whether it has a target."""
+        return "target" in self._pair(record)
+
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
         """What a decoder goes on from, or an encoder reads."""
         return self._pairs.prompt(self._pair(record)["source"])

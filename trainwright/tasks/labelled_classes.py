@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,11 +21,10 @@ from trainwright.tasks.labelled_loss import (
     number_losses,
     twice,
 )
-from trainwright.tasks.task import LossOutput
+from trainwright.tasks.task import Batch, LossOutput
 
 __all__ = ["ClassObjective", "Problem", "probabilities"]
 
-Batch = Mapping[str, Tensor]
 Problem = Literal["single_label", "multi_label", "regression"]
 
 

@@ -24,12 +24,9 @@ from trainwright.tasks.labelled_windows import windows_of
 from trainwright.tasks.labels import LabelNames, place_of
 from trainwright.tasks.metrics.entities import Entity, entities, entity_scores
 from trainwright.tasks.ner_report import entity_errors, type_confusion
-from trainwright.tasks.task import LossOutput, Metric, Report
+from trainwright.tasks.task import PREDICT_INSTEAD, Batch, LossOutput, Metric, Record, Report
 
 __all__ = ["NER", "NERDefinition", "TagEncoder"]
-
-Record = Mapping[str, Any]
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -185,7 +182,7 @@ class TagEncoder:
             if tags is not None and own[0] <= word < own[1]:
                 of_word[place] = self._index[tags[word]]
                 if self.label_on == "all":
-                    of_word[1:] = [self._index[tags[word].replace("B-", "I-", 1)]] * (len(piece) - 1)
+                    of_word[1:] = [self._index[_going_on(tags[word])]] * (len(piece) - 1)
             ids += piece
             labels += of_word
             mask += [int(index == place) for index in range(len(piece))]
@@ -195,6 +192,11 @@ class TagEncoder:
             "labels": np.asarray([IGNORE] * before + labels + [IGNORE] * after, dtype=np.int64),
             "word_mask": np.asarray([0] * before + mask + [0] * after, dtype=np.int32),
         }
+
+
+def _going_on(tag: str) -> str:
+    """What the further tokens of a word have in the scheme "bio": the word's entity goes on in them."""
+    return f"I{tag[1:]}" if tag.startswith("B-") else tag
 
 
 def _spaced(record: Record) -> list[bool]:
@@ -275,7 +277,7 @@ class NER:
         """
         pairs = [(r, p) for r, p in zip(records, predictions, strict=True) if r.get("tags") is not None]
         if not pairs:
-            raise DataError("no record has tags to compare predictions with")
+            raise DataError("no record has tags to compare predictions with", hint=PREDICT_INSTEAD)
         true = [write_tags(_entities(record), len(record["tokens"])) for record, _ in pairs]
         given = [list(prediction["tags"]) for _, prediction in pairs]
         metrics, table = entity_scores(true, given)

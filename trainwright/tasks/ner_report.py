@@ -9,12 +9,11 @@ from typing import Any
 from trainwright.tasks.labels import sorted_labels
 from trainwright.tasks.metrics.classes import confusion_matrix
 from trainwright.tasks.metrics.entities import Entity, entities, split_tag
-from trainwright.tasks.task import Table
+from trainwright.tasks.task import LISTED_ERRORS, Table
 
 __all__ = ["entity_errors", "pair_entities", "type_confusion"]
 
 KINDS = ("wrong type", "wrong borders", "wrong type and borders", "missed", "spurious")
-LISTED_ERRORS = 2000
 
 
 def pair_entities(

@@ -18,12 +18,9 @@ from trainwright.tasks.labelled_frame import ENCODER_TOKENS, frame_of
 from trainwright.tasks.labelled_loss import auxiliary, class_losses
 from trainwright.tasks.qa_encoder import SpanEncoder
 from trainwright.tasks.qa_report import answer_report
-from trainwright.tasks.task import LossOutput, Metric, Report
+from trainwright.tasks.task import PREDICT_INSTEAD, Batch, LossOutput, Metric, Record, Report
 
 __all__ = ["QA", "QADefinition", "official_predictions"]
-
-Record = Mapping[str, Any]
-Batch = Mapping[str, Tensor]
 
 LEAST_TEXT = 8
 """Tokens of the text that a row must hold beside the longest question."""
@@ -201,7 +198,7 @@ class QA:
         """
         pairs = [(r, p) for r, p in zip(records, predictions, strict=True) if r.get("answers") is not None]
         if not pairs:
-            raise DataError("no question has an answer to compare predictions with")
+            raise DataError("no question has an answer to compare predictions with", hint=PREDICT_INSTEAD)
         return answer_report(pairs, scoring=self.section.scoring, threshold=self.section.null_threshold)
 
 

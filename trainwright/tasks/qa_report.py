@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainwright.tasks.metrics.answers import answer_scores, best_threshold, first_sentence, scorer_for
-from trainwright.tasks.task import Report, Table
+from trainwright.tasks.task import LISTED_ERRORS, Record, Report, Table
 
 __all__ = ["answer_report"]
-
-Record = Mapping[str, Any]
-LISTED_ERRORS = 2000
 
 
 def answer_report(

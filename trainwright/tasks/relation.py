@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.text import did_you_mean
@@ -22,12 +21,9 @@ from trainwright.tasks.labelled_frame import ENCODER_TOKENS, Frame, WordPieces, 
 from trainwright.tasks.labels import LabelNames, class_weights, label_name, place_of
 from trainwright.tasks.metrics.classes import single
 from trainwright.tasks.metrics.relations import relation_scores
-from trainwright.tasks.task import LossOutput, Metric, Report, Table
+from trainwright.tasks.task import LISTED_ERRORS, PREDICT_INSTEAD, Batch, LossOutput, Metric, Record, Report, Table
 
 __all__ = ["MARKERS", "Relation", "RelationDefinition", "RelationEncoder", "marker_ids"]
-
-Record = Mapping[str, Any]
-Batch = Mapping[str, Tensor]
 
 MARKERS = ("[E1]", "[/E1]", "[E2]", "[/E2]")
 """Around the head and around the tail."""
@@ -36,7 +32,6 @@ SPARE = ("[unused{}]", "<unused{}>", "<|reserved_special_token_{}|>", "<extra_id
 PLAIN = ("@", "@", "#", "#")
 """What marks entities where a vocabulary has neither: punctuation, as Zhou and Chen (arXiv 2102.01373) have it."""
 NO_RELATION = ("Other", "other", "no_relation", "NA", "none", "None")
-LISTED_ERRORS = 2000
 
 
 @dataclass(frozen=True)
@@ -252,7 +247,7 @@ class Relation:
         """
         pairs = [(r, p) for r, p in zip(records, predictions, strict=True) if r.get("relation") is not None]
         if not pairs:
-            raise DataError("no record has a relation to compare predictions with")
+            raise DataError("no record has a relation to compare predictions with", hint=PREDICT_INSTEAD)
         true = [self.labels.known(label_name(record["relation"])) for record, _ in pairs]
         given = [str(prediction["relation"]) for _, prediction in pairs]
         metrics, table = relation_scores(true, given, self.other)

@@ -119,6 +119,10 @@ class SFT:
         """At most half of the longest example, so that a question fits beside it."""
         return min(int(self.section.max_new_tokens), max(1, self.encoder.max_length // 2))
 
+    def answered(self, record: Mapping[str, Any]) -> bool:
+        """Whether it is a chat that ends with the assistant."""
+        return "messages" in record and self._split(record)[1] is not None
+
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
         """What stands before the assistant's last message. Where it would not fit beside an answer of `max_new_tokens`,
         the oldest turns are left out, and of a single turn that is too long the beginning."""

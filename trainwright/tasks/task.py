@@ -21,9 +21,29 @@ from trainwright.data.examples.example import ExampleEncoder
 from trainwright.data.tokenizer_core import Tokenizer
 from trainwright.models.heads import HeadSpec
 
-__all__ = ["ExampleTask", "GeneratingTask", "LossOutput", "Metric", "Report", "Table", "Task", "TaskDefinition"]
+__all__ = [
+    "LISTED_ERRORS",
+    "PREDICT_INSTEAD",
+    "Batch",
+    "ExampleTask",
+    "GeneratingTask",
+    "LossOutput",
+    "Metric",
+    "Record",
+    "Report",
+    "Table",
+    "Task",
+    "TaskDefinition",
+]
 
 Batch = Mapping[str, Tensor]
+"""Tensors whose first dimension is the rows."""
+Record = Mapping[str, Any]
+"""Fields of one record by name: see `data.records.record.SHAPES`; "where" says where it stands."""
+LISTED_ERRORS = 2000
+"""Errors that a report lists at most."""
+PREDICT_INSTEAD = "check data.columns; `trainwright predict` needs no answers"
+"""What to do with records that say nowhere what is right."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +148,10 @@ class ExampleTask(Task, Protocol):
 class GeneratingTask(ExampleTask, Protocol):
     """A task whose predictions are written token by token: `evaluate` gives a loss, and the text comes from a
     generator that the trainer or a command holds."""
+
+    def answered(self, record: Mapping[str, Any]) -> bool:
+        """Whether the record says what is expected, so that what is written can be judged by it."""
+        ...
 
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
         """Token ids that the model goes on from (decoder), or reads (encoder of an encoder-decoder)."""

@@ -3,116 +3,33 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from trainwright.base.device import device_facts
 from trainwright.base.errors import ConfigError, DataError
-from trainwright.config import LoadedRecipe, load_recipe
-from trainwright.config.tasks import TaskSection
-from trainwright.data import SourceSpec, Tokenizer, build_spec, evaluation_batches, load_tokenizer, prepare_dataset
+from trainwright.data import SourceSpec, Tokenizer, build_spec, evaluation_batches, prepare_dataset
 from trainwright.data.examples.build import build_examples
 from trainwright.data.examples.dataset import ExampleDataset
+from trainwright.data.examples.encoding import Refusal
 from trainwright.data.examples.spec import ExampleSpec, example_spec
-from trainwright.engine import Engine, precision
-from trainwright.models import load_pretrained
+from trainwright.data.records.reading import read_records
+from trainwright.data.records.record import SHAPES
+from trainwright.data.records.record import Record as Read
 from trainwright.tasks import Task
-from trainwright.tasks.task import ExampleTask, TaskDefinition
+from trainwright.tasks.task import ExampleTask, GeneratingTask, Record, TaskDefinition
 from trainwright.trainer.evaluation import Evaluation, evaluate
-from trainwright.trainer.judge import Record, judge, predictions, writes, written
+from trainwright.trainer.judge import judge, predictions, writes, written
 from trainwright.trainer.model_section import model_source
 from trainwright.trainer.outputs import Outputs
-from trainwright.trainer.run_folder import RunFolder
-from trainwright.trainer.task import Dataset, define_task, load_task, make_task
+from trainwright.trainer.task import Dataset, define_task, make_task
+from trainwright.trainer.trained import Reading, Trained
 from trainwright.trainer.writing import engine_writer
 
-__all__ = ["Trained", "assess", "open_trained", "predict"]
+__all__ = ["assess", "predict"]
 
 DATA_SPLIT = "train"  # of a dataset that was built to be evaluated, which has only one
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How records are read: see `data.format`, `data.columns` and the keys beside them."""
-
-    format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished model with its task.
-
-    Attributes:
-        folder: of the model. run: the run folder it lies in, None for a model on its own.
-        recipe: of the run. section, sequence_length: of the task.
-        survey: what the task knew of its training records. reading: how these were read (format, columns, ...).
-    """
-
-    folder: Path
-    run: RunFolder | None
-    recipe: LoadedRecipe | None
-    section: TaskSection
-    sequence_length: int
-    survey: Mapping[str, Any]
-    reading: Reading
-    tokenizer: Tokenizer
-    engine: Engine
-
-    @property
-    def from_records(self) -> bool:
-        """Whether the task is made of records."""
-        return define_task(self.section, self.sequence_length) is not None
-
-
-def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32") -> Trained:
-    """Open a run folder that has finished, or a model folder that a run exported.
-
-    Args:
-        numbers: precision of the forward pass, as recipes name it.
-
-    Raises:
-        ConfigError: there is no finished model, or nothing says what its task is.
-    """
-    path = Path(path)
-    run = RunFolder(path) if (path / "run.json").is_file() else None
-    folder = run.model if run is not None else path
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"no finished model at {path}: {folder / 'config.json'} is missing",
-            hint="give the folder of a finished run, or a model folder that a run exported",
-        )
-    recipe = load_recipe(run.recipe) if run is not None else None
-    kept = load_task(folder)
-    if kept is None and recipe is None:
-        raise ConfigError(
-            f"{folder} does not say what its task is", hint="give the run folder, or a model folder of a fine-tuned run"
-        )
-    if kept is None:
-        assert recipe is not None
-        kept = {"task": recipe.recipe.task, "survey": {}, "data": {}}
-    data = kept["data"]
-    model = load_pretrained(folder, dtype=torch.float32)
-    target = device_facts().kind if device == "auto" else device
-    engine = Engine(model.to(target), None, multiplier=lambda step: 0.0, precision=precision(numbers))
-    length = data.get("sequence_length") or (recipe.recipe.data.sequence_length if recipe is not None else 512)
-    return Trained(
-        folder=folder,
-        run=run,
-        recipe=recipe,
-        section=kept["task"],
-        sequence_length=length,
-        survey=kept["survey"],
-        reading=Reading(data.get("format", "auto"), data.get("columns", {}), data.get("reading", {})),
-        tokenizer=load_tokenizer(folder),
-        engine=engine,
-    )
 
 
 class _Known:
@@ -131,13 +48,23 @@ class _Known:
         return self._definition.bind(survey, tokenizer)
 
 
+def _without_answers(source: SourceSpec, shape: str, **reading: Any) -> Iterator[Read]:
+    """The records of a source without what is to be predicted: what stands there need not be known to the model."""
+    target = SHAPES[shape].target
+    for record in read_records(source, shape, **reading):
+        yield replace(record, fields={key: value for key, value in record.fields.items() if key != target})
+
+
 def _examples(
-    trained: Trained, source: str, cache: str, *, max_drop: float, format: str | None = None
+    trained: Trained, source: str, cache: str, *, format: str | None = None, predicted: bool = False
 ) -> ExampleDataset:
-    """The records of a source as examples, labels and tokenizer as in training; read as there, or in this format."""
+    """The records of a source as examples, labels and tokenizer as in training; read as there, or in this format.
+
+    Args:
+        predicted: they are only predicted for: their answers are left out, and any number may give no example.
+    """
     reading = trained.reading if format is None else Reading(format)
-    definition = define_task(trained.section, trained.sequence_length)
-    assert definition is not None
+    definition = _definition(trained)
     spec = ExampleSpec(
         train=(SourceSpec(source),),
         validation=None,
@@ -146,9 +73,16 @@ def _examples(
         format=reading.format,
         columns=reading.columns,
         reading=reading.more,
-        max_drop=max_drop,
+        max_drop=1.0 if predicted else 0.05,
     )
-    return build_examples(spec, _Known(definition, trained.survey), cache)
+    reader = _without_answers if predicted else read_records
+    return build_examples(spec, _Known(definition, trained.survey), cache, reader=reader)
+
+
+def _definition(trained: Trained) -> TaskDefinition:
+    definition = define_task(trained.section, trained.sequence_length)
+    assert definition is not None, "tasks that learn from running text have no records"
+    return definition
 
 
 def _own_data(trained: Trained) -> Dataset:
@@ -167,7 +101,7 @@ def _own_data(trained: Trained) -> Dataset:
 
 @contextmanager
 def _data(
-    trained: Trained, source: str | None, split: str, *, max_drop: float = 0.05, format: str | None = None
+    trained: Trained, source: str | None, split: str, *, format: str | None = None
 ) -> Iterator[tuple[Dataset, str]]:
     """The dataset to look at and its split; what is built of a given source is gone afterwards."""
     if source is None:
@@ -181,7 +115,7 @@ def _data(
         return
     with tempfile.TemporaryDirectory() as cache:
         if trained.from_records:
-            yield _examples(trained, source, cache, max_drop=max_drop, format=format), DATA_SPLIT
+            yield _examples(trained, source, cache, format=format), DATA_SPLIT
             return
         assert trained.recipe is not None, "a task that learns from text is known by its run"
         spec = build_spec(trained.recipe.recipe.data, model_tokenizer=str(trained.folder))
@@ -236,28 +170,56 @@ def assess(
 
 def predict(
     trained: Trained, source: str, *, format: str | None = None, rows: int = 32
-) -> Iterator[tuple[Record, Record | None]]:
-    """Records of a source and what the model predicts for each, in file order; None where a record gives no example.
+) -> Iterator[tuple[Record, Record | Refusal]]:
+    """Records of a source and what the model predicts for each, in file order, or why it cannot be predicted for.
+
+    Answers that the records have are not looked at: they may be missing, and of labels that the model does not know.
 
     Raises:
         ConfigError: the task predicts nothing (a language model writes: `trainwright generate`).
+        DataError: the records cannot be read, or there are none.
     """
     if not trained.from_records:
         raise ConfigError(
             f"the task {trained.section.name} predicts nothing of records",
             hint="`trainwright generate` goes on from a text; `trainwright eval` gives the loss",
         )
-    with _data(trained, source, "", max_drop=1.0, format=format) as (dataset, split):
-        assert isinstance(dataset, ExampleDataset)
-        task: Any = _task(trained, dataset)
-        records = dataset.records_of(split)
-        if not len(records):
+    definition = _definition(trained)
+    task: Any = definition.bind(trained.survey, trained.tokenizer)
+    if writes(task):
+        reading = trained.reading if format is None else Reading(format)
+        read = read_records(
+            SourceSpec(source), definition.shape, format=reading.format, columns=reading.columns, **reading.more
+        )
+        records = [{**record.fields, "where": record.where} for record in read]
+        if not records:
             raise DataError(f"{source} holds no records")
-        if writes(task):
-            answers = written(task, records, engine_writer(trained.engine, rows=rows))
-            yield from zip(records, answers, strict=True)
-            return
-        _, outputs = _evaluated(trained, task, dataset, split, rows)
-        found = predictions(task, dataset, split, outputs)
-        for number, record in enumerate(records):
-            yield record, found.get(number)
+        yield from zip(records, _written_or_refused(trained, task, records, rows), strict=True)
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        dataset = _examples(trained, source, cache, format=format, predicted=True)
+        _, outputs = _evaluated(trained, task, dataset, DATA_SPLIT, rows)
+        found = predictions(task, dataset, DATA_SPLIT, outputs)
+        for number, record in enumerate(dataset.records_of(DATA_SPLIT)):
+            yield record, found[number] if number in found else Refusal(_why_not(task, record), None)
+
+
+def _written_or_refused(
+    trained: Trained, task: GeneratingTask, records: Sequence[Record], rows: int
+) -> list[Record | Refusal]:
+    """What the model writes for each record; why it writes nothing where a record asks nothing."""
+    found: list[Record | Refusal | None] = []
+    for record in records:
+        try:
+            task.prompt(record)
+            found.append(None)
+        except DataError as error:
+            found.append(Refusal(error.message, error.hint))
+    asked = [record for record, refused in zip(records, found, strict=True) if refused is None]
+    answers = iter(written(task, asked, engine_writer(trained.engine, rows=rows)))
+    return [next(answers) if one is None else one for one in found]
+
+
+def _why_not(task: ExampleTask, record: Record) -> str:
+    """Why a record gives no example."""
+    return task.encoder.encode(record).dropped or "this record gives no example"

@@ -11,8 +11,8 @@ from trainwright.tasks.task import Metric, Task
 
 if TYPE_CHECKING:
     from trainwright.engine import StepReport
-    from trainwright.trainer.build import Run
     from trainwright.trainer.evaluation import Evaluation
+    from trainwright.trainer.run import Run
 
 __all__ = ["Callback", "EarlyStopping", "followed_metric", "less_is_better"]
 
@@ -63,6 +63,9 @@ class EarlyStopping(Callback):
         self.best = float("inf")
         self.waited = 0
 
+    def on_run_start(self, run: Run) -> None:
+        self._end(run)  # a run that was cut off between this and its end has nothing more to train
+
     def on_evaluation(self, run: Run, result: Evaluation) -> None:
         metric = followed_metric(self.metric, run.task, result)
         value = result.metric(metric.name)
@@ -73,11 +76,16 @@ class EarlyStopping(Callback):
             self.best, self.waited = value, 0
             return
         self.waited += 1
-        if self.waited >= self.patience:
-            what = "" if metric.name == "loss" else f" of {metric.name}"
-            message = f"early stopping: no improvement on {self.best:.4f}{what} in {self.waited} evaluations"
-            emit("warning", message=message)
-            run.stop_reason = message
+        self._end(run)
+
+    def _end(self, run: Run) -> None:
+        """Ask the run to stop once patience is at its end."""
+        if self.waited < self.patience:
+            return
+        what = "" if self.followed == "loss" else f" of {self.followed}"
+        message = f"early stopping: no improvement on {self.best:.4f}{what} in {self.waited} evaluations"
+        emit("warning", message=message)
+        run.stop_reason = message
 
     def state_dict(self) -> StateDict:
         return {"metric": self.followed, "best": self.best, "waited": self.waited}

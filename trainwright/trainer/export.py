@@ -17,8 +17,10 @@ from trainwright.inference.export_checkpoint import export_checkpoint
 from trainwright.models.exporting import save_weights
 from trainwright.models.rewriting import rewrite_folder
 from trainwright.trainer.adapters import merged_peft_model, save_adapters
+from trainwright.trainer.judge import writes
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import RunFolder
+from trainwright.trainer.task import TASK_FILE, define_task, load_task
 
 __all__ = ["export_model", "export_run"]
 
@@ -77,14 +79,30 @@ def export_run(
             return rewrite_folder(folder.model, destination, dtype=dtype, max_shard_bytes=size)
         return Path(shutil.copytree(folder.model, destination, dirs_exist_ok=True))
     tokenizer = load_tokenizer(folder.tokenizer)
+
+    def add(place: Path) -> None:
+        tokenizer.save(place)
+        if (folder.path / TASK_FILE).is_file():
+            shutil.copy2(folder.path / TASK_FILE, place / TASK_FILE)
+
     return export_checkpoint(
         _checkpoint(folder, step),
         destination,
         max_shard_bytes=size,
         dtype=dtype,
-        generation=_generation(tokenizer),
-        add=tokenizer.save,
+        generation=_generation(tokenizer, _stop_ids(folder, tokenizer)),
+        add=add,
     )
+
+
+def _stop_ids(folder: RunFolder, tokenizer: Tokenizer) -> Sequence[int]:
+    """The tokens that end the answers of a run's task; none where it writes none."""
+    kept = load_task(folder.path)
+    definition = None if kept is None else define_task(kept["task"], kept["data"]["sequence_length"])
+    if kept is None or definition is None:
+        return ()
+    task: Any = definition.bind(kept["survey"], tokenizer)
+    return task.stop_ids if writes(task) else ()
 
 
 def _checkpoint(folder: RunFolder, step: int | None) -> Path:

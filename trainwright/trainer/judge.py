@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from trainwright.comm import Ranks
 from trainwright.data.examples.example import Piece
-from trainwright.tasks.task import ExampleTask, GeneratingTask, Report
+from trainwright.tasks.task import ExampleTask, GeneratingTask, Record, Report
 from trainwright.trainer.outputs import Outputs, by_record
 from trainwright.trainer.together import first_decides
 
-__all__ = ["Examples", "Judgement", "Record", "Writer", "judge", "predictions", "spread", "writes", "written"]
+__all__ = ["Examples", "Judgement", "Writer", "judge", "predictions", "spread", "writes", "written"]
 
-Record = Mapping[str, Any]
 Writer = Callable[[list[list[int]], GeneratingTask], list[list[int]]]
 """(prompts, task) -> the ids that a model goes on with, for each prompt."""
 
@@ -77,6 +76,8 @@ def judge(
 ) -> Judgement | None:
     """Judge the task on a split; a collective of all ranks. None where there is nothing to judge by.
 
+    Records of a task that writes count where they say what is expected; the others are passed over.
+
     Args:
         writer: writes the predictions of a task that generates; without one such a task is not judged. All ranks write
             the same, in step: parameters may be divided among them.
@@ -90,7 +91,9 @@ def judge(
     if writer is None or limit == 0:
         return None
     records = dataset.records_of(split)
-    chosen = [records[index] for index in spread(len(records), limit)]
+    chosen = [record for index in spread(len(records), limit) if task.answered(record := records[index])]
+    if not chosen:
+        return None
     answers = written(task, chosen, writer)
     return _judgement(ranks, lambda: task.report(chosen, answers))
 

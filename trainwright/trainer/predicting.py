@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from trainwright.base.errors import DataError
-from trainwright.trainer.assess import Trained, predict
+from trainwright.data.examples.encoding import Refusal
+from trainwright.data.records.record import SHAPES, TASK_SHAPES
+from trainwright.tasks.labels import place_of
+from trainwright.trainer.assess import predict
+from trainwright.trainer.trained import Trained
 
 __all__ = ["predict_file"]
 
@@ -24,32 +28,33 @@ def predict_file(
     rows: int,
     stdin: IO[str],
     format: str | None = None,
-) -> tuple[list[str], int]:
+) -> tuple[list[str], list[str]]:
     """Predict for every record of `source` ("-" reads `stdin`), in order.
 
-    Returns: lines to print (none when `out` is given), and how many records could not be used.
+    Returns: lines to print (none when `out` is given), and of each record that could not be used where it stands and
+    why. It has a line that says so, but none in a format of the task.
 
     Raises:
         DataError: the records cannot be read, or predictions do not fit the format `to`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = _stored(stdin, Path(folder)) if source == "-" else source
+        path = _stored(stdin, Path(folder), trained.section.name) if source == "-" else source
         found = list(predict(trained, path, rows=rows, format="auto" if source == "-" else format))
-    failed = sum(prediction is None for _, prediction in found)
+    refused = [place_of(record) + given.message for record, given in found if isinstance(given, Refusal)]
     if out is None:
-        return [_line(prediction) for _, prediction in found], failed
+        return [_line(prediction) for _, prediction in found], refused
     if to is None:
         _write(out, (_line(prediction) + "\n" for _, prediction in found))
-        return [], failed
+        return [], refused
     from trainwright.data.records.writing import write_records
 
-    whole = [{**record, **prediction} for record, prediction in found if prediction is not None]
+    whole = [{**record, **prediction} for record, prediction in found if not isinstance(prediction, Refusal)]
     write_records(whole, out, to)
-    return [], failed
+    return [], refused
 
 
-def _line(prediction: Mapping[str, Any] | None) -> str:
-    value = {"error": "this record gives no example"} if prediction is None else _plain(prediction)
+def _line(prediction: Mapping[str, Any] | Refusal) -> str:
+    value = {"error": prediction.message} if isinstance(prediction, Refusal) else _plain(prediction)
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -62,13 +67,31 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _stored(stream: IO[str], folder: Path) -> str:
-    """Standard input as a file: JSON lines as they are, other lines as texts."""
-    lines = [line for line in stream.read().splitlines() if line.strip()]
+_OF_A_TEXT: Mapping[str, Callable[[str], Mapping[str, Any]]] = {
+    "labelled": lambda text: {"text": text},
+    "tagged": lambda text: {"text": text},
+    "pair": lambda text: {"source": text},
+    "messages": lambda text: {"messages": [{"role": "user", "content": text}]},
+}
+"""The shape of a task's records to the record that a text by itself is, where it is one."""
+
+
+def _stored(stream: IO[str], folder: Path, task: str) -> str:
+    """Standard input as a file: JSON lines as they are, other lines as texts.
+
+    Raises DataError where nothing came, and for texts where a record of the task is more than a text.
+    """
+    lines = [line for line in stream.read().split("\n") if line.strip()]
     if not lines:
         raise DataError("standard input is empty", hint="send one record (JSON) or one text a line")
     if not all(line.lstrip().startswith("{") for line in lines):
-        lines = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
+        shape = SHAPES[TASK_SHAPES[task]]
+        if shape.name not in _OF_A_TEXT:
+            raise DataError(
+                f"standard input begins {lines[0]!r:.60}; the task {task} reads {shape.what}",
+                hint=f"send one JSON object a line, with {', '.join(shape.needs)}",
+            )
+        lines = [json.dumps(_OF_A_TEXT[shape.name](line.strip()), ensure_ascii=False) for line in lines]
     path = folder / "stdin.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,12 +11,13 @@ from dataclasses import asdict
 from trainwright.base.events import emit
 from trainwright.base.text import human_bytes, human_count, human_duration
 from trainwright.config import MonitorSection
-from trainwright.data.examples.dataset import ExampleDataset
+from trainwright.config.tasks.commands import use_commands
 from trainwright.monitor import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from trainwright.trainer.resume import Entered
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import environment, write_json
 from trainwright.trainer.settle import Settled
+from trainwright.trainer.task import save_task
 
 __all__ = ["begin_session", "console_sink", "end_session", "file_sinks"]
 
@@ -43,6 +45,7 @@ def begin_session(run: Run, entered: Entered, settled: Settled) -> None:
     folder.recipe.write_text(settled.loaded.to_yaml(), encoding="utf-8")
     write_json(folder.plan, settled.plan.to_dict())
     run.tokenizer.save(folder.tokenizer)
+    save_task(run.recipe, run.dataset, folder.path, run.ranks)
     sessions = [
         *folder.read_info().get("sessions", []),
         {"started": _now(), "from_step": run.state.step, "status": "running"},
@@ -127,19 +130,9 @@ def _last_words(run: Run, status: str) -> str:
 
 def _next_commands(run: Run) -> list[str]:
     folder = run.folder.path
-    task = run.recipe.task.name
-    if task == "sft":
-        used = [f"  trainwright chat {folder}", f"  trainwright eval {folder} --split validation"]
-    elif isinstance(run.dataset, ExampleDataset):
-        split = "test" if "test" in run.dataset.splits else "validation"
-        used = [f"  trainwright predict {folder} YOUR_FILE", f"  trainwright eval {folder} --split {split}"]
-    elif task == "causal_lm":
-        used = [f"  trainwright generate {folder} --prompt 'def '"]
-    else:
-        used = [f"  trainwright train YOUR_TASK.yaml model.path={run.folder.model}"]
     return [
-        *used,
-        f"  trainwright runs show {folder.name}",
+        *(f"  {command}" for command in use_commands(run.recipe.task.name, folder, run.dataset.splits)),
+        f"  trainwright runs show {shlex.quote(folder.name)}",
         "  trainwright train YOUR_RECIPE.yaml data.source=YOUR_FILES",
     ]
 

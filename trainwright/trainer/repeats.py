@@ -28,6 +28,9 @@ from trainwright.trainer.run_folder import RunFolder, find_run, write_json
 
 __all__ = ["RepeatedRun", "Repeats", "Spread", "repeat"]
 
+REPORTED = ("train.export", "checkpoint.keep_best")
+"""Keys that a resumed run may set anew, but that decide which weights a finished one was judged by."""
+
 Metrics = Mapping[str, Mapping[str, float]]
 """Split -> name of a metric -> value."""
 
@@ -198,7 +201,8 @@ def _refuse_other_recipe(run: RepeatedRun, variant: LoadedRecipe) -> None:
     changed = [
         f"{key}: the run has {resolved.get(key, before.get(key))!r}, the recipe now says {now.get(key)!r}"
         for key in sorted(set(before) | given)
-        if not key.startswith(FREE_TO_CHANGE) and now.get(key) not in (before.get(key), resolved.get(key))
+        if (key.startswith(REPORTED) or not key.startswith(FREE_TO_CHANGE))
+        and now.get(key) not in (before.get(key), resolved.get(key))
     ]
     if changed:
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks
 from trainwright.config import LoadedRecipe, Recipe
 from trainwright.data import Loader, Tokenizer, evaluation_batches, evaluation_rows, fit_and_score
-from trainwright.data.examples.checks import check_trainable
+from trainwright.data.examples.checks import check_answered, check_trainable
 from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.engine import Engine
 from trainwright.launch import Heartbeat
@@ -95,6 +95,7 @@ class Run:
         dataset = self.dataset
         if isinstance(dataset, ExampleDataset):
             check_trainable(dataset)
+            check_answered(dataset)
         elif self.validation_rows and self.task.name == "causal_lm":
             rows = evaluation_rows(dataset, limit_rows=self.validation_rows)
             self.baselines = first_decides(self.ranks, lambda: fit_and_score(dataset, rows=rows).to_dict())
@@ -109,6 +110,15 @@ class Run:
         began = time.perf_counter()
         batch = next(self.loader)
         return batch, time.perf_counter() - began
+
+    def inputs_of(self, batch: Mapping[str, Tensor]) -> int:
+        """Tokens that the model reads of a step's batch, without padding: this rank's rows, times the ranks that have
+        others."""
+        lengths = batch.get("lengths")
+        own = batch["input_ids"].numel() if lengths is None else int(lengths.sum())
+        if "text_lengths" in batch:  # further texts of the same rows
+            own += int(batch["text_lengths"].sum())
+        return own * self.engine.data_parallel.mesh.rows[1]
 
     @property
     def validation_rows(self) -> int:
@@ -221,6 +231,7 @@ class Run:
         """What the run really cost, to stand beside the prediction."""
         return {
             "tokens_per_second": self.meter.tokens_per_second,
+            "inputs_per_second": self.meter.inputs_per_second,
             "mfu": self.meter.mfu,
             "seconds": self.state.seconds,
             "memory_bytes": peak_memory_bytes(),

@@ -22,7 +22,7 @@ from trainwright.trainer.run_folder import write_json
 __all__ = ["TASK_FILE", "Dataset", "define_task", "load_task", "make_task", "save_task"]
 
 TASK_FILE = "trainwright_task.json"
-"""Beside a finished model: what it takes to bind its task again."""
+"""In a run folder and beside a finished model: what it takes to bind the task again."""
 
 Dataset = TokenDataset | ExampleDataset
 
@@ -62,7 +62,7 @@ def make_task(recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer, *, group: 
 
 
 def save_task(recipe: Recipe, dataset: Dataset, folder: Path, ranks: Ranks) -> None:
-    """Write down beside a model what its task is; the first rank does."""
+    """Write down in a folder what the task of its model is; the first rank does."""
     if ranks.is_first and isinstance(dataset, ExampleDataset):
         kept = {
             "task": recipe.task.to_dict(),

@@ -131,13 +131,14 @@ class Trainer:
             run.beat("step")
             began = time.perf_counter()
             batch, waited = run.next_batch()
+            inputs = run.inputs_of(batch)
             report = self._step(run, batch)
             previous_tokens = state.tokens
             state.step += 1
             state.tokens += int(report.tokens)
             state.skipped += report.skipped
             state.seconds += (seconds := time.perf_counter() - began)
-            run.meter.step(tokens=int(report.tokens), seconds=seconds, waited=waited)
+            run.meter.step(tokens=int(report.tokens), inputs=inputs, seconds=seconds, waited=waited)
             moment = {"step": state.step, "tokens": state.tokens, "previous_tokens": previous_tokens}
             if due_together(run.ranks, run.log_cadence, moment) or state.step in (1, plan.steps):
                 self._report(run, report, seconds)
@@ -186,6 +187,7 @@ class Trainer:
             grad_norm=float(report.grad_norm),
             lr=report.lr,
             tokens_per_second=meter.tokens_per_second,
+            inputs_per_second=meter.inputs_per_second,
             mfu=meter.mfu,
             data_wait=meter.data_wait,
             memory_bytes=memory_bytes(),

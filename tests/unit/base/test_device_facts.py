@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from trainwright.base import device
+from trainwright.base.device import chosen_device, device_facts
+from trainwright.base.errors import ConfigError
 
 
 def test_facts_of_the_cpu() -> None:
@@ -79,3 +81,15 @@ def test_importing_the_room_does_not_import_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_device_is_chosen_by_its_name() -> None:
+    assert str(chosen_device("cpu")) == "cpu"
+    assert chosen_device("auto").type == device_facts().kind
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "cuda:-1", "cpu:7", "cuda:99", "CPU"])
+def test_a_device_that_is_not_there_is_refused_with_what_is(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"there is no device|this machine has 1 cpu") as caught:
+        chosen_device(name)
+    assert caught.value.hint is not None

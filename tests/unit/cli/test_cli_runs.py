@@ -153,6 +153,61 @@ def test_compare_shows_what_differs_and_marks_the_best(tmp_path: Path, capsys: p
     assert ["tokens/s", "1k", "2k", "*"] in lines
 
 
+def judged(folder: Path, *, task: str, metric: str, values: list[float], test: float) -> Path:
+    """The run with evaluations and a report at the end that have the task's own metric."""
+    (folder / "recipe.resolved.yaml").write_text(RECIPE.format(lr=1e-3) + f"task: {{name: {task}}}\n", encoding="utf-8")
+    metrics = [{metric: value, "accuracy": 0.5} for value in values]
+    records = [
+        *(
+            {"kind": "eval", "step": step, "tokens": step, "loss": 0.5, "metric": metric, "metrics": found}
+            for step, found in enumerate(metrics, start=1)
+        ),
+        {"kind": "step", "step": 20, "total_steps": 20, "tokens": 640, "tokens_per_second": 64.0},
+        {"kind": "report", "split": "validation", "loss": 0.5, "metric": metric, "metrics": {metric: max(values)}},
+        {"kind": "report", "split": "test", "loss": 0.6, "metric": metric, "metrics": {metric: test}},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    return folder
+
+
+def test_the_metric_of_the_task_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"tokens_per_second": 64.0, "inputs_per_second": 1900.0}
+    entities = judged(
+        make_run(tmp_path, "实体 1", measured=speeds), task="ner", metric="f1", values=[0.25, 0.75, 0.5], test=0.7
+    )
+    (entities / "model").mkdir()
+    (entities / "model" / "config.json").write_text("{}", encoding="utf-8")
+    run = read_run(entities)
+    assert (run.metric, run.last_metric, run.best_metric) == ("f1", 0.5, 0.75)
+    assert run.reported == {"validation": 0.75, "test": 0.7}
+    assert (run.speed, run.tokens_per_second) == (1900.0, 64.0), "tokens that are read, and words that are labelled"
+    judged(make_run(tmp_path, "texts"), task="translation", metric="bleu", values=[20.0, 31.5], test=30.0)
+    make_run(tmp_path, "language")
+    assert cli.main(["runs", "list", "--dir", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert "f1 0.7500" in listed
+    assert "bleu 31.50" in listed
+    assert cli.main(["runs", "show", "实体 1", "--dir", str(tmp_path)]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["f1", "0.5000", "(best", "0.7500)"] in shown
+    assert ["test", "f1", "0.7000", "at", "the", "end"] in shown
+    assert ["speed", "1.9k", "tokens/s", "read,", "64", "tokens/s", "trained"] in shown
+    assert ["step", "tokens", "loss", "f1"] in shown
+    assert ["2", "2", "0.5000", "0.7500"] in shown
+    assert ["trainwright", "eval", f"'{tmp_path}/实体", "1'", "--split", "test"] in shown
+    assert ["trainwright", "predict", f"'{tmp_path}/实体", "1'", "YOUR_FILE"] in shown
+    assert cli.main(["runs", "compare", "实体 1", "texts", "--dir", str(tmp_path)]) == 0
+    compared = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["best", "f1", "0.7500", "-"] in compared
+    assert ["test", "bleu", "at", "the", "end", "-", "30.00"] in compared
+
+
+def test_how_to_go_on_names_the_run_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path, "one", status="interrupted")
+    assert cli.main(["runs", "show", "one", "--dir", str(tmp_path)]) == 0
+    assert f"go on:  trainwright train {folder} --resume {folder}" in capsys.readouterr().out
+
+
 def test_compare_needs_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path, "one")
     assert cli.main(["runs", "compare", "one", "--dir", str(tmp_path)]) == 2

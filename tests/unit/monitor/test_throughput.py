@@ -23,6 +23,15 @@ def test_compile_steps_do_not_count() -> None:
     assert meter.eta_seconds(7) == pytest.approx(7.0)
 
 
+def test_tokens_that_are_read_have_a_rate_of_their_own() -> None:
+    meter = ThroughputMeter(skip=0)
+    assert meter.inputs_per_second is None
+    meter.step(tokens=8, inputs=240, seconds=1.0)  # eight texts of thirty tokens
+    meter.step(tokens=8, inputs=360, seconds=2.0)
+    assert meter.inputs_per_second == pytest.approx(200)
+    assert meter.tokens_per_second == pytest.approx(16 / 3)
+
+
 def test_the_window_forgets() -> None:
     meter = ThroughputMeter(window=3, skip=0)
     for seconds in (100.0, 1.0, 2.0, 3.0):

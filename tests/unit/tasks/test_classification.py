@@ -176,7 +176,7 @@ def test_the_encoder_crosses_processes_and_says_what_it_does() -> None:
         bind([{**REVIEWS[0], "text2": "a"}, REVIEWS[2]]),
     ]
     assert len({task.encoder.fingerprint, *(other.encoder.fingerprint for other in others)}) == 7
-    same = bind(REVIEWS, focal_gamma=2.0, r_drop=1.0, class_weights="auto", head_dropout=0.3, threshold=0.4)
+    same = bind(REVIEWS, focal_gamma=2.0, r_drop=1.0, class_weights="auto", head_dropout=0.3)
     assert same.encoder.fingerprint == task.encoder.fingerprint  # the loss does not change the rows
 
 
@@ -468,3 +468,18 @@ def test_evaluation_leaves_out_what_training_adds() -> None:
         float(plain.loss(model, batch).loss_sum.detach())
     )
     assert task.evaluate(model, batch).outputs["scores"].shape == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "says"),
+    [
+        ([{"text": "good", "label": 0.5}], {"label_smoothing": 0.1}, "label_smoothing is 0.1.*problem regression"),
+        ([{"text": "good", "label": 0.5}], {"class_weights": "auto"}, "class_weights is 'auto'.*regression"),
+        ([{"text": "good", "label": ["a"]}], {"label_smoothing": 0.1}, "label_smoothing is 0.1.*problem multi_label"),
+        ([{"text": "good", "label": "a"}], {"threshold": 0.3}, "threshold is 0.3.*problem single_label"),
+    ],
+)
+def test_options_that_the_labels_make_idle_are_refused(records: Any, options: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        bind(records, **options)
+    assert bind(records).problem in says

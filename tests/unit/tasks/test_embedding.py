@@ -228,8 +228,11 @@ def test_records_without_partners() -> None:
         task.encoder.encode({"anchor": "x", "positive": "y"})
     (vector,) = task.predict([{"anchor": "x"}], [{"anchor": [np.ones(3)], "positive": [np.ones(3)]}])
     assert vector == {"anchor": [1.0, 1.0, 1.0]}
-    with pytest.raises(DataError, match="no positive to find"):
+    with pytest.raises(DataError, match="no record has a positive to find"):
         task.report([{"anchor": "x"}], [vector])
+    whole = {"anchor": [1.0, 0.0, 0.0], "positive": [1.0, 0.0, 0.0]}
+    report = task.report([{"anchor": "x"}, {"anchor": "y", "positive": "z"}], [vector, whole])
+    assert "1 queries, every one searched among 1 texts" in report.tables[0].notes[0], "a lone anchor asks for nothing"
 
 
 def test_reports_count_equal_texts_once() -> None:

@@ -69,7 +69,7 @@ def test_several_labels_are_scored_as_scikit_learn_does(seed: int) -> None:
         for name, value in zip(("precision", "recall", "f1"), expected[:3], strict=True):
             assert metrics[f"{name}_{kind}"] == pytest.approx(value, abs=1e-12)
     assert metrics["accuracy"] == pytest.approx(sklearn.accuracy_score(true, given))
-    assert metrics["hamming"] == pytest.approx(sklearn.hamming_loss(true, given))
+    assert metrics["hamming_loss"] == pytest.approx(sklearn.hamming_loss(true, given))
 
 
 def test_classes_by_hand() -> None:
@@ -95,6 +95,18 @@ def test_numbers_are_scored_as_scipy_and_scikit_learn_do(seed: int) -> None:
     assert found["mae"] == pytest.approx(sklearn.mean_absolute_error(true, given))
     assert found["r2"] == pytest.approx(sklearn.r2_score(true, given))
     assert number_scores([1.0, 2.0], [3.0, 3.0])["pearson"] == 0.0
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 2.7, -3.3, 1e8 + 0.1])
+@pytest.mark.parametrize("count", [1, 3, 7, 49])
+def test_equal_numbers_correlate_with_nothing(value: float, count: int) -> None:
+    """The mean of equal numbers is rounded: what is left without it must not be taken for a spread."""
+    same, others = np.full(count, value), np.arange(count) ** 2 + 0.5
+    for true, given in ((same, others), (others, same)):
+        found = number_scores(true, given)
+        assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
+    assert number_scores(same, others)["r2"] == 0.0
+    assert number_scores(same, same)["r2"] == 1.0, "as scikit-learn has it"
 
 
 def test_ranks_of_equal_numbers_are_shared() -> None:

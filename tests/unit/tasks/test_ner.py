@@ -104,6 +104,13 @@ def test_the_first_token_of_a_word_is_labelled() -> None:
     assert every.tolist() == [IGNORE, index["B-PER"], *([index["I-PER"]] * (len(pieces) - 1)), IGNORE]
 
 
+def test_types_may_have_any_name_where_all_tokens_of_a_word_are_labelled() -> None:
+    records = [{"tokens": ["Anna", "Yorkin"], "tags": ["B-SUB-B-X", "I-SUB-B-X"]}]  # B- stands inside the type
+    task = bind(records, label_on="all")
+    labels = task.encoder.encode(records[0]).examples[0].arrays["labels"]
+    assert [task.tags[label] for label in labels[1:-1]] == ["B-SUB-B-X"] + ["I-SUB-B-X"] * (len(labels) - 3)
+
+
 def test_a_decoders_words_are_labelled_at_their_last_token() -> None:
     plain = word_tokenizer(WORDS, framed=False)
     arrays = bind(tokenizer=plain, frame="decoder").encoder.encode(SENTENCES[1]).examples[0].arrays

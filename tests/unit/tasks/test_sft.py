@@ -345,3 +345,10 @@ def test_real_instructions(shared_data: Callable[[str], Path]) -> None:
     for question, answer in pairs:
         (example,) = task.encoder.encode(chat(question, answer)).examples
         assert labels_as_text(task, example) == answer + "<|im_end|>"
+
+
+def test_only_chats_that_end_with_the_assistant_can_be_judged() -> None:
+    task = task_of()
+    assert [task.answered(record) for record in RECORDS] == [True] * len(RECORDS)
+    assert not task.answered(chat("Hello", "Hello world.", "and today?"))
+    assert not task.answered({"text": "Hello world"})

@@ -95,6 +95,36 @@ def test_early_stopping_goes_on_where_it_stood(tmp_path: Path) -> None:
     assert late.stop_reason is not None
 
 
+def test_a_run_that_had_stopped_early_trains_no_further_when_it_is_resumed(tmp_path: Path) -> None:
+    run, first = run_of(tmp_path), EarlyStopping(patience=2)
+    assert stopped_after(first, run, [{"f1": 0.5}, {"f1": 0.4}, {"f1": 0.3}]) == 3
+    for patience, stops in ((2, True), (3, False)):  # more patience since then lets it go on
+        again, second = run_of(tmp_path), EarlyStopping(patience=patience)
+        second.load_state_dict(first.state_dict())
+        second.on_run_start(again)
+        assert (again.stop_reason is not None) is stops
+    fresh = run_of(tmp_path)
+    EarlyStopping(patience=1).on_run_start(fresh)
+    assert fresh.stop_reason is None
+
+
+def test_of_equal_values_the_first_is_the_best_and_the_second_no_improvement(tmp_path: Path) -> None:
+    run, best = run_of(tmp_path), Best()
+    for step, value in ((4, float("nan")), (8, 0.5), (12, 0.5)):
+        evaluated(run, best, step, f1=value)
+    assert (best.step, best.value) == (8, 0.5)
+    assert stopped_after(EarlyStopping(patience=1), run_of(tmp_path), [{"f1": 0.5}, {"f1": 0.5}]) == 2
+
+
+def test_where_less_is_better_the_least_is_kept(tmp_path: Path) -> None:
+    run, best = run_of(tmp_path), Best("hamming_loss")
+    for step, value in ((4, 0.3), (8, 0.1), (12, 0.2)):
+        evaluated(run, best, step, f1=0.5, hamming_loss=value)
+    assert (best.step, best.value) == (8, 0.1)
+    worse = [{"hamming_loss": 0.1}, {"hamming_loss": 0.2}]
+    assert stopped_after(EarlyStopping(patience=1, metric="hamming_loss"), run_of(tmp_path), worse) == 2
+
+
 def test_which_metric_a_name_means() -> None:
     task: Any = SimpleNamespace(best=F1)
     result = Evaluation(1.0, 10, {"f1": 0.5, "mse": 2.0, "accuracy": 0.7})

@@ -81,5 +81,43 @@ def test_ranks_judge_together() -> None:
     assert run_ranks(on_ranks, 2) == [[dict(alone.metrics), True], [dict(alone.metrics), False]]
 
 
+class Writes:
+    """Answers with the length of its prompt; records without "answer" have nothing to be compared with."""
+
+    def answered(self, record: Mapping[str, Any]) -> bool:
+        return "answer" in record
+
+    def prompt(self, record: Mapping[str, Any]) -> list[int]:
+        return [1] * record["asked"]
+
+    def prediction(self, record: Mapping[str, Any], tokens: Sequence[int]) -> Mapping[str, Any]:
+        return {"text": len(tokens)}
+
+    def report(self, records: Sequence[Any], predicted: Sequence[Mapping[str, Any]]) -> Report:
+        right = [record["answer"] == one["text"] for record, one in zip(records, predicted, strict=True)]
+        return Report({"right": sum(right) / len(right), "records": float(len(right))})
+
+
+class Questions(Data):
+    def __init__(self, *records: Mapping[str, Any]) -> None:
+        self.records = records
+
+    def records_of(self, split: str) -> Sequence[Mapping[str, Any]]:
+        return self.records
+
+
+def echo(prompts: list[list[int]], task: Any) -> list[list[int]]:
+    return prompts
+
+
+def test_what_says_nothing_of_the_answer_is_passed_over() -> None:
+    """A chat that ends with the user, or running text among chats, is trained on but cannot be judged."""
+    data = Questions({"asked": 1, "answer": 1}, {"asked": 2}, {"text": "running"}, {"asked": 3, "answer": 4})
+    found = judge(Writes(), data, "validation", Outputs(), ALONE, writer=echo)
+    assert found is not None
+    assert found.metrics == {"right": 0.5, "records": 2.0}
+    assert judge(Writes(), Questions({"asked": 2}), "validation", Outputs(), ALONE, writer=echo) is None
+
+
 def test_nothing_evaluated_is_nothing_to_judge() -> None:
     assert judge(Joins(), Data(), "test", Outputs(), ALONE) is None

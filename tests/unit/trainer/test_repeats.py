@@ -126,6 +126,8 @@ def test_finished_runs_of_another_recipe_are_not_taken_for_this_one(tmp_path: Pa
     assert train.names == []
     repeat(recipe(tmp_path), seeds=2, overrides=["monitor.log_every=5 steps"], train=train)
     assert train.names == [], "what decides nothing may differ"
+    with pytest.raises(ConfigError, match=r"train\.export: .* the recipe now says 'last'"):
+        repeat(recipe(tmp_path), seeds=2, overrides=["train.export=last"], train=train)
 
 
 def test_a_task_without_a_report_gives_its_last_evaluation(tmp_path: Path) -> None:

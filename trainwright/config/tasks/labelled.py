@@ -67,13 +67,13 @@ class _Classes(LabelledSection):
     """Focal loss (arXiv 1708.02002): weighs each text by (1 - p)^gamma, p the probability of its label; 0 is off."""
     r_drop: Annotated[float, Real(minimum=0)] = 0.0
     """R-Drop (arXiv 2106.14448): weight of the distance between the predictions of two dropouts; 0 is off."""
-    pooling: Annotated[Literal["auto", "first", "last", "mean"], Words(("auto", "first", "last", "mean"))] = "auto"
-    """Which vectors the head reads; auto: the first token's of an encoder, the last one's of a decoder."""
 
 
 class ClassificationSection(_Classes):
     """One label, several labels, or a number for a text or a pair of texts."""
 
+    pooling: Annotated[Literal["auto", "first", "last", "mean"], Words(("auto", "first", "last", "mean"))] = "auto"
+    """Which vectors the head reads; auto: the first token's of an encoder, the last one's of a decoder."""
     problem: Annotated[
         Literal["auto", "single_label", "multi_label", "regression"],
         Words(("auto", "single_label", "multi_label", "regression")),

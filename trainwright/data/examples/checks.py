@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainwright.data.examples.dataset import ExampleDataset
     from trainwright.data.examples.manifest import ExampleFacts, ExampleManifest
 
-__all__ = ["check_bounds", "check_folder", "check_trainable", "padding_share"]
+__all__ = ["check_answered", "check_bounds", "check_folder", "check_trainable", "padding_share"]
 
 
 def check_bounds(manifest: ExampleManifest, max_drop: float, max_cut: float) -> None:
@@ -68,6 +68,18 @@ def check_trainable(dataset: ExampleDataset, split: str = "train") -> None:
             hint="the template must write the end of a turn inside what is trained; longer answers may have been cut "
             "off (raise data.sequence_length). `trainwright data preview RECIPE` shows the trained tokens",
         )
+
+
+def check_answered(dataset: ExampleDataset) -> None:
+    """Raise DataError when a split that is to be judged says nowhere what is right."""
+    for split in dataset.splits:
+        facts = dataset.facts(split)
+        if split != "train" and not facts.trained_tokens:
+            raise DataError(
+                f"none of the {facts.records:,} {split} records has an answer to compare with",
+                hint=f"check data.{split} and data.columns, or leave data.{split} out: `trainwright predict` needs no "
+                "answers",
+            )
 
 
 def check_folder(folder: str | Path) -> None:

@@ -28,7 +28,7 @@ Batch = Mapping[str, Any]
 
 
 class LossSum(Protocol):
-    """What a loss gives for one micro-batch: a scalar sum over `count` tokens."""
+    """What a loss gives for one micro-batch: the scalar sum over `count` trained tokens."""
 
     @property
     def loss_sum(self) -> Tensor: ...
@@ -38,8 +38,9 @@ class LossSum(Protocol):
 
 
 Loss = Callable[[Any, Any], LossSum]
-"""(model, micro-batch) -> loss sum and count, as tasks have it: asks the model for `hidden_states` and goes on from
-there. Called on the rank of the last part, where `hidden_states` gives what has come through the pipeline."""
+"""(model, micro-batch) -> loss sum and count: `Task.loss`, `Task.evaluate`. In a pipeline it asks the model for
+`hidden_states` and goes on from there: it is called on the rank of the last part, where `hidden_states` gives what has
+come through."""
 
 
 class PipelineRunner:

@@ -99,7 +99,7 @@ def single(
 def several(true: Any, predicted: Any, names: Sequence[str]) -> tuple[dict[str, float], Table]:
     """Metrics and table of any number of labels for each text; true and predicted are [texts, classes] of 0 and 1.
 
-    "accuracy" is the share of texts of which every label is right; "hamming" the share of wrong single decisions.
+    "accuracy" is the share of texts of which every label is right; "hamming_loss" the share of wrong single decisions.
     """
     true, predicted = np.asarray(true, dtype=bool), np.asarray(predicted, dtype=bool)
     scores = ratios((true & predicted).sum(0), predicted.sum(0), true.sum(0))
@@ -109,7 +109,7 @@ def several(true: Any, predicted: Any, names: Sequence[str]) -> tuple[dict[str, 
     metrics = {
         **_named(means),
         "accuracy": float((true == predicted).all(1).mean()),
-        "hamming": float((true != predicted).mean()),
+        "hamming_loss": float((true != predicted).mean()),
     }
     table = scores_table("labels", names, scores, means, kinds=("micro", "macro", "weighted", "samples"))
     return metrics, table

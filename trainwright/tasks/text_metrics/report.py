@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from trainwright.tasks.task import Report, Table
+from trainwright.tasks.task import LISTED_ERRORS, Report, Table
 from trainwright.tasks.text_metrics.baselines import BASELINES
 from trainwright.tasks.text_metrics.overlap import Overlap, overlap
 from trainwright.tasks.text_metrics.words import choose_words
 
-__all__ = ["LISTED_ERRORS", "Written", "text_report"]
-
-LISTED_ERRORS = 2000
+__all__ = ["Written", "text_report"]
 
 
 @dataclass(frozen=True)

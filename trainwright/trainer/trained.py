@@ -1,0 +1,100 @@
+"""A finished model opened with its task: what `trainwright eval` and `predict` begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainwright.base.device import chosen_device
+from trainwright.base.errors import ConfigError
+from trainwright.config import LoadedRecipe, load_recipe
+from trainwright.config.tasks import TaskSection
+from trainwright.data import Tokenizer, load_tokenizer
+from trainwright.engine import Engine, precision
+from trainwright.models import load_pretrained
+from trainwright.trainer.run_folder import RunFolder
+from trainwright.trainer.task import define_task, load_task
+
+__all__ = ["Reading", "Trained", "open_trained"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records are read: see `data.format`, `data.columns` and the keys beside them."""
+
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished model with its task.
+
+    Attributes:
+        folder: of the model. run: the run folder it lies in, None for a model on its own.
+        recipe: of the run. section, sequence_length: of the task.
+        survey: what the task knew of its training records. reading: how these were read (format, columns, ...).
+    """
+
+    folder: Path
+    run: RunFolder | None
+    recipe: LoadedRecipe | None
+    section: TaskSection
+    sequence_length: int
+    survey: Mapping[str, Any]
+    reading: Reading
+    tokenizer: Tokenizer
+    engine: Engine
+
+    @property
+    def from_records(self) -> bool:
+        """Whether the task is made of records."""
+        return define_task(self.section, self.sequence_length) is not None
+
+
+def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32") -> Trained:
+    """Open a run folder that has finished, or a model folder that a run exported.
+
+    Args:
+        device: see `chosen_device`. numbers: precision of the forward pass, as recipes name it.
+
+    Raises:
+        ConfigError: there is no finished model, nothing says what its task is, or the device is not there.
+    """
+    path = Path(path)
+    run = RunFolder(path) if (path / "run.json").is_file() else None
+    folder = run.model if run is not None else path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"no finished model at {path}: {folder / 'config.json'} is missing",
+            hint="give the folder of a finished run, or a model folder that a run exported",
+        )
+    recipe = load_recipe(run.recipe) if run is not None else None
+    kept = load_task(folder)
+    if kept is None and recipe is None:
+        raise ConfigError(
+            f"{folder} does not say what its task is", hint="give the run folder, or a model folder of a fine-tuned run"
+        )
+    if kept is None:
+        assert recipe is not None
+        kept = {"task": recipe.recipe.task, "survey": {}, "data": {}}
+    data = kept["data"]
+    model = load_pretrained(folder, dtype=torch.float32)
+    engine = Engine(model.to(chosen_device(device)), None, multiplier=lambda step: 0.0, precision=precision(numbers))
+    length = data.get("sequence_length") or (recipe.recipe.data.sequence_length if recipe is not None else 512)
+    return Trained(
+        folder=folder,
+        run=run,
+        recipe=recipe,
+        section=kept["task"],
+        sequence_length=length,
+        survey=kept["survey"],
+        reading=Reading(data.get("format", "auto"), data.get("columns", {}), data.get("reading", {})),
+        tokenizer=load_tokenizer(folder),
+        engine=engine,
+    )
