@@ -180,10 +180,19 @@ def _with_special(given: dict[str, Any], roles: Roles) -> dict[str, Any]:
         if role is not None and role in roles and (roles[role] is not None or not structure(known).first_position):
             filled[name] = roles[role]
         elif value >= words:
-            filled[name] = None
+            filled[name] = None if _may_lack(given, name) else roles.get("pad") or 0
     if known.kind == "seq2seq" and roles and "decoder_start_token_id" not in given:
         filled["decoder_start_token_id"] = roles["pad"] if roles["pad"] is not None else roles["eos"]
     return filled
+
+
+def _may_lack(given: Mapping[str, Any], name: str) -> bool:
+    """Whether the architecture's configuration takes null for the field."""
+    try:
+        config_from_fields({**given, "vocab_size": _LARGEST_VOCABULARY, name: None})
+    except ModelError:
+        return False
+    return True
 
 
 def _positions_for(config: ModelConfig, length: int) -> ModelConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -46,6 +47,9 @@ TRUNKS = ("encoder", "text_encoder")
 
 _NOT_OURS = ("transformers_version", "_name_or_path", "auto_map", "torch_dtype", "dtype", "_attn_implementation")
 
+_CHATTY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of kernels this torch has not, when transformers imports an installed torchao that no run asked for."""
+
 
 def _library() -> Any:
     try:
@@ -54,6 +58,10 @@ def _library() -> Any:
         raise MissingDependencyError(
             "models of other architectures need transformers", hint="pip install 'trainwright[transformers]'"
         ) from error
+    for name in _CHATTY:
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.ERROR)
     return transformers
 
 
