@@ -87,12 +87,18 @@ def load_adapted(
     saved = SavedAdapter(folder)
     place = Path(base if base is not None else saved.base or "")
     if not (place / "config.json").is_file():
-        named = saved.base or "adapter_config.json does not name it"
+        named = base or saved.base or "adapter_config.json does not name it"
         raise ModelError(
             f"the base of the adapters in {folder} is not there: {named}",
             hint="name the folder of the model that they were trained on (--base)",
         )
-    model = load_pretrained(place, dtype=dtype, config=saved.model_config, seed=0)
+    try:
+        model = load_pretrained(place, dtype=dtype, config=saved.model_config, seed=0)
+    except ModelError as error:
+        raise ModelError(
+            f"{place} is not the model that the adapters in {folder} stand in: {error.message}",
+            hint="name the folder of the model that they were trained on (--base)",
+        ) from error
     load_adapter(model, folder, base="as_is" if whole else saved.held)
     return model.eval()
 

@@ -109,6 +109,24 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
         merge_folder(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "moved")
 
 
+@pytest.mark.parametrize("options", [{}, {"base": "nf4"}, {"base": "bf16", "name": "dora"}])
+def test_another_base_is_refused(tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tmp_path, **options)
+    for name, changes in (("trained anew", {}), ("narrow", {"hidden_size": 32})):
+        other = build_model(LlamaConfig(**tiny_llama_config(vocab_size=96, **changes)), seed=9)
+        save_pretrained(other, tmp_path / name)
+        named = ["merge", str(tmp_path / "adapter"), str(tmp_path / "new"), "--base", str(tmp_path / name)]
+        assert main(named) == ModelError.exit_code
+        said = capsys.readouterr().err
+        assert ("beside other weights" if not changes else "is not the model that the adapters") in said
+    save_pretrained(load_pretrained(tmp_path / "base"), tmp_path / "rounded", dtype=torch.bfloat16)
+    merge_folder(tmp_path / "adapter", tmp_path / "new", base=tmp_path / "rounded", tolerance=1.0)
+    for field in ({"model": 3}, {"generation": 3}, {"base": "int3"}, {"base_sample": []}):
+        (tmp_path / "adapter" / "trainwright_model.json").write_text(json.dumps(field))
+        with pytest.raises(ModelError, match="trainwright_model"):
+            merge_folder(tmp_path / "adapter", tmp_path / "never")
+
+
 def test_what_ends_a_text_comes_along(tmp_path: Path) -> None:
     model = trained(tmp_path)
     merge_folder(tmp_path / "adapter", tmp_path / "first")

@@ -299,10 +299,11 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="cannot be read as safetensors"):
             load_adapter(llama(), tmp_path)
     tensors = load(whole)
-    first = next(iter(tensors))
-    path.write_bytes(save({name: value for name, value in tensors.items() if name != first}))
-    with pytest.raises(ModelError, match="1 missing"):
-        load_adapter(llama(), tmp_path)
+    for leaf in ("lora_A", "lora_B"):
+        lost = f"base_model.model.model.layers.0.mlp.up_proj.{leaf}.weight"
+        path.write_bytes(save({name: value for name, value in tensors.items() if name != lost}))
+        with pytest.raises(ModelError, match=f"1 missing: {lost}"):
+            load_adapter(llama(), tmp_path)
     path.write_bytes(save({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 96)}))
     with pytest.raises(ModelError, match="no adapters beside linears"):
         load_adapter(llama(), tmp_path)

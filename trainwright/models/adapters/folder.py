@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
+from trainwright.models.adapters.held import is_other_weight
 from trainwright.models.adapters.names import PREFIX, FileNames
 from trainwright.models.adapters.options import AdapterOptions, Base
 from trainwright.models.adapters.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_FIELDS
@@ -122,7 +123,7 @@ class SavedAdapter:
     @property
     def model_config(self) -> ModelConfig | None:
         """The model that they stand in, with its task's head; None for folders of peft, which do not say it."""
-        fields = self.fields.get("model")
+        fields = self._section("model")
         return None if fields is None else config_from_fields(fields)
 
     @property
@@ -137,12 +138,18 @@ class SavedAdapter:
     @property
     def generation(self) -> dict[str, Any] | None:
         """What generation_config.json of the trained model says beyond its configuration; None where nobody said it."""
-        return self.fields.get("generation")
+        return self._section("generation")
+
+    def _section(self, key: str) -> dict[str, Any] | None:
+        value = self.fields.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise ModelError(f"{self.folder / MODEL_FIELDS}: {key} is {value!r}, expected fields")
+        return value
 
     @cached_property
     def modules(self) -> frozenset[str]:
         """Linears that have an adapter, by their names in transformers."""
-        found = (re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_A\.weight", key) for key in self.shapes)
+        found = (re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight", key) for key in self.shapes)
         return frozenset(match[1] for match in found if match is not None)
 
     @cached_property
@@ -155,7 +162,8 @@ class SavedAdapter:
         """Their options for a model without adapters: `targets` and `train` name what the file has, one by one.
 
         Raises:
-            ModelError: the model lacks a linear or a parameter that the file has.
+            ModelError: the model lacks a linear or a parameter that the file has, or has other weights than those
+                that the adapters were trained beside.
         """
         if not self.modules:
             raise ModelError(f"{self.folder / ADAPTER_WEIGHTS} has no adapters beside linears")
@@ -173,6 +181,12 @@ class SavedAdapter:
                 f"{self.base or 'not in adapter_config.json'}",
             )
         wanted = {name for key, name in linears.items() if key in self.modules}
+        for key, sample in (self._section("base_sample") or {}).items():
+            if key in linears and is_other_weight(sample, model.get_submodule(linears[key])):
+                raise ModelError(
+                    f"{self.folder}: the adapters were trained beside other weights than the model's ({key})",
+                    hint="use the very model that they were trained on; a model trained anew, or further, is another",
+                )
         heads = head_modules(model)
         for name in wanted:
             if model.get_submodule(name) in heads:

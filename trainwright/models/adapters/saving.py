@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainwright.base.errors import ModelError
 from trainwright.base.safetensors_file import DTYPE_CODES, StoredTensor, write_folder
 from trainwright.models.adapters.apply import AdapterReport, adapter_report
+from trainwright.models.adapters.held import sample_of_base
 from trainwright.models.adapters.linear import ADAPTER_LEAVES
 from trainwright.models.adapters.names import PREFIX, FileNames
 from trainwright.models.exporting import WeightSource
@@ -31,7 +32,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_FIELDS = "trainwright_model.json"
 """Beside the files of peft: the model that the adapters stand in, with its task's head, how its weights were held while
-they were trained, and what ends the texts that it writes."""
+they were trained with a few numbers of them, and what ends the texts that it writes."""
 
 _TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS", "embedding": "FEATURE_EXTRACTION"}
 
@@ -84,7 +85,8 @@ def save_adapter(
     _sync(text)
     (folder / ADAPTER_CONFIG).unlink(missing_ok=True)  # of other weights than those that come now
     if hasattr(config, "family"):
-        fields = {"model": config_fields(config), "base": report.options.base}
+        sample = sample_of_base(report, names, source)
+        fields = {"model": config_fields(config), "base": report.options.base, "base_sample": sample}
         if generation:
             fields["generation"] = dict(generation)
         (folder / MODEL_FIELDS).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

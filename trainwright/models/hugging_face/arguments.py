@@ -40,7 +40,8 @@ class Arguments(nn.Module):
         """The arguments for a batch's entries; see `HuggingFaceModel.hidden_states`."""
         accepted = self.__dict__["accepted"]
         named: dict[str, Any] = {"input_ids": input_ids}
-        if token_type_ids is not None and "token_type_ids" in accepted:
+        one_kind = getattr(self.config, "type_vocab_size", None) == 1  # RoBERTa: every token is of it
+        if token_type_ids is not None and "token_type_ids" in accepted and not one_kind:
             named["token_type_ids"] = token_type_ids
         if document_ids is not None:
             packing = self._packing()
