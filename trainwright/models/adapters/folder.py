@@ -182,7 +182,7 @@ class SavedAdapter:
             )
         wanted = {name for key, name in linears.items() if key in self.modules}
         for key, sample in (self._section("base_sample") or {}).items():
-            if key in linears and is_other_weight(sample, model.get_submodule(linears[key])):
+            if key in linears and is_other_weight(sample, model.get_parameter(f"{linears[key]}.weight")):
                 raise ModelError(
                     f"{self.folder}: the adapters were trained beside other weights than the model's ({key})",
                     hint="use the very model that they were trained on; a model trained anew, or further, is another",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainwright.models.adapters.apply import AdapterReport
 from trainwright.models.adapters.linear import NF4_LEAVES
@@ -44,9 +44,9 @@ def sample_of_base(report: AdapterReport, names: FileNames, source: WeightSource
     return found
 
 
-def is_other_weight(sample: Sequence[float], linear: nn.Linear) -> bool:
-    """Whether a linear has not the weight that a sample is of. Rounded and quantised ones are the same; of a row of
+def is_other_weight(sample: Sequence[float], weight: Tensor) -> bool:
+    """Whether a weight [O, I] is not the one that a sample is of. Rounded and quantised ones are the same; of rows of
     another length nothing is said."""
     known = torch.tensor(list(sample))
-    seen = linear.weight[0, : len(known)].detach().float().cpu()
+    seen = weight[0, : len(known)].detach().float().cpu()
     return known.shape == seen.shape and bool((known - seen).norm() > NEAR * known.norm() + 1e-6)
