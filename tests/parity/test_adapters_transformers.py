@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from test_lora_layouts import check, some
 from torch import Tensor
 
 from trainwright.base.errors import ConfigError, ModelError
+from trainwright.config import AdapterSection
 from trainwright.inference.adapter_merging import merge_folder
-from trainwright.models import LlamaConfig, build_model, load_pretrained, save_pretrained
+from trainwright.models import HeadSpec, LlamaConfig, Pretrained, build_model, load_pretrained, save_pretrained
 from trainwright.models.adapters import AdapterOptions, apply_adapter, load_adapter, save_adapter
 from trainwright.models.adapters.peft_methods import apply_peft_method, merge_peft_method, save_peft_method
+from trainwright.models.adapters.saving import source_of
 from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.testing import tiny_llama_config
+from trainwright.trainer.adapters import merged_peft_model
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -112,6 +116,7 @@ def test_other_methods_of_peft_train_and_peft_opens_them(tmp_path: Path, config:
     [
         ({"peft_type": "LORA"}, "method of our own"),
         ({"peft_type": "PROMPT_TUNING"}, "not a part of the model"),
+        ({"peft_type": "POLY"}, "with every batch"),
         ({"peft_type": "NONE_SUCH"}, "not one of"),
         ({"peft_type": "IA3", "rnak": 1}, "rnak"),
         ({"peft_type": "IA3", "target_modules": ["zz"], "feedforward_modules": []}, "zz"),
@@ -122,6 +127,54 @@ def test_what_does_not_fit_is_refused(config: dict[str, Any], said: str) -> None
         apply_peft_method(build_model(HuggingFaceConfig(TRANSFORMERS)), config)
     with pytest.raises(ModelError, match="native family"):
         apply_peft_method(build_model(LlamaConfig(**tiny_llama_config())), config)
+
+
+@pytest.mark.parametrize("kind", ["deberta-v2", "distilbert", "albert", "t5"])
+def test_what_lies_between_trunk_and_scores_is_trained(tmp_path: Path, kind: str) -> None:
+    sizes: dict[str, dict[str, Any]] = {
+        **ARCHITECTURES,
+        "distilbert": {"model_type": "distilbert", "vocab_size": 97, "dim": 64, "hidden_dim": 96, "n_layers": 2},
+        "albert": {"model_type": "albert", **SMALL, "embedding_size": 32},
+    }
+    sizes["distilbert"]["n_heads"] = 4
+    base = HuggingFaceConfig(sizes[kind])
+    save_pretrained(build_model(base, seed=1), tmp_path / "base")
+    config = dataclasses.replace(base, head=HeadSpec("sequence", ("a", "b"), dropout=0.0))
+    model = load_pretrained(tmp_path / "base", config=config, seed=1)
+    begin = Pretrained(tmp_path / "base", config, seed=1).fresh
+    report = apply_adapter(model, AdapterOptions(rank=4, targets=("q",)))
+    assert begin <= set(report.extra), "nothing that starts at random stays so"
+    disturb(model)
+    save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base"))
+    merge_folder(tmp_path / "adapter", tmp_path / "merged")
+    ids = torch.randint(9, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = 1  # the end token of T5, whose vector its class reads
+    batch = {"input_ids": ids, "key_mask": torch.ones_like(ids, dtype=torch.bool)}
+    again = load_pretrained(tmp_path / "merged")
+    assert again.config.head == config.head
+    with torch.no_grad():
+        assert apart(again.scores(batch), model.scores(batch)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"peft_type": "IA3"},
+        {"peft_type": "RANDLORA", "target_modules": ["q_proj", "v_proj"]},
+        {"peft_type": "OSF", "target_modules": ["q_proj", "v_proj"]},
+        {"peft_type": "LN_TUNING"},
+    ],
+    ids=lambda config: config["peft_type"],
+)
+def test_the_model_of_a_run_is_what_was_trained(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Some methods draw at random what they keep, or make it of the base's weights."""
+    model: Any = build_model(HuggingFaceConfig(TRANSFORMERS), seed=1).eval()
+    apply_peft_method(model, config, seed=4)
+    disturb(model)
+    section = AdapterSection(name="peft", config=config)
+    merged_peft_model(model.config, section, source_of(model), tmp_path, seed=4)
+    ids = torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(0))
+    assert apart(load_pretrained(tmp_path)(ids), model(input_ids=ids).logits) < 1e-5
 
 
 def test_on_two_ranks() -> None:

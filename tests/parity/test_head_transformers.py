@@ -208,6 +208,35 @@ def test_encoders_start_from_trunks_and_from_other_heads(tmp_path: Path) -> None
     assert len(Pretrained(tmp_path / "tokens", two, seed=0).fresh) == 4  # same names there, other meaning
 
 
+def test_a_folder_that_transformers_saved_under_another_head_is_read_as_that(tmp_path: Path) -> None:
+    """transformers carries our description of the first head along."""
+    model = attach_head(build_model(CONFIGS["qwen2"], seed=1), SPECS["sequence"], seed=1).eval()
+    save_pretrained(model, tmp_path / "ours")
+    batch = batch_of()
+    for kind, number in (("token", 5), ("sequence", 2), ("sequence", 1)):
+        theirs = getattr(transformers, CLASSES[kind]).from_pretrained(
+            tmp_path / "ours", num_labels=number, ignore_mismatched_sizes=True, attn_implementation="eager"
+        )
+        theirs.config.problem_type = None
+        theirs.save_pretrained(tmp_path / f"{kind}{number}")
+        again = load_pretrained(tmp_path / f"{kind}{number}")
+        head = again.config.head
+        assert head is not None
+        assert (head.kind, len(head.labels)) == (kind, number)
+        assert head.problem == ("regression" if number == 1 else "single_label"), "as transformers trains it"
+        with torch.no_grad():
+            ours, expected = again.scores(batch), outputs(theirs.eval(), batch)
+        mask = batch["key_mask"] if kind == "token" else slice(None)
+        assert (ours[mask] - expected[mask]).abs().max() < 1e-5
+    words = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    words.save_pretrained(tmp_path / "words")
+    again = load_pretrained(tmp_path / "words")
+    assert again.config.head is None
+    ids = batch["input_ids"][:1]
+    with torch.no_grad():
+        assert (again(ids) - words(input_ids=ids).logits).abs().max() < 1e-5
+
+
 def test_a_strange_tensor_is_still_refused(language_model: Path) -> None:
     from safetensors.torch import load_file, save_file
 

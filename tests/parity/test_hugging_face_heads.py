@@ -105,6 +105,18 @@ def test_a_text_that_holds_the_padding_token_is_scored_at_its_own_end() -> None:
     assert torch.allclose(model.scores(batch)[1], model.output_projection(hidden)[0, -1], atol=1e-6)
 
 
+def test_kinds_of_tokens_that_the_architecture_lacks_are_left_out() -> None:
+    batch = batch_of("roberta")
+    typed = {**batch, "token_type_ids": (torch.arange(11) > 4).long().expand(3, 11)}
+    for name, kinds in (("roberta", 1), ("phi", None), ("bert", 2)):
+        base = tiny_config(name)
+        if kinds is not None:
+            base = base.with_values({"type_vocab_size": kinds})
+        model = build_model(dataclasses.replace(base, head=HEADS["sequence"]), seed=5).eval()
+        same = torch.equal(model.scores(typed), model.scores(batch))
+        assert same == (kinds != 2)
+
+
 def test_a_head_is_put_on_weights_that_are_there() -> None:
     for name, spec in (("phi", HEADS["token"]), ("gemma", HEADS["embedding"]), ("t5", HEADS["sequence"])):
         model = build_model(tiny_config(name), seed=5)

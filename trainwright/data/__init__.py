@@ -9,7 +9,7 @@ from trainwright.data.manifest import Manifest
 from trainwright.data.readers import read_shard
 from trainwright.data.sources import list_shards
 from trainwright.data.spec import BuildSpec, TrainTokenizer, ValidationSpec, build_spec
-from trainwright.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from trainwright.data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "Baselines",
@@ -31,6 +31,7 @@ __all__ = [
     "evaluation_batches",
     "evaluation_rows",
     "fit_and_score",
+    "holds_tokenizer",
     "list_shards",
     "load_tokenizer",
     "prepare_dataset",

@@ -17,7 +17,7 @@ from trainwright.data.sentencepiece_model import read_llama2c_tokenizer, read_se
 from trainwright.data.tokenizer_core import ROLES, Tokenizer
 from trainwright.data.tokenizer_training import END_OF_TEXT, byte_level_pipeline
 
-__all__ = ["load_tokenizer"]
+__all__ = ["holds_tokenizer", "load_tokenizer"]
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 _HUB_FILES = [
@@ -76,16 +76,24 @@ def _from_hub(name: str, revision: str | None) -> Tokenizer:
     return _from_folder(Path(folder))
 
 
-def _from_folder(folder: Path) -> Tokenizer:
-    for name in ("tokenizer.json", "tokenizer.model", "spiece.model"):
+def holds_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether `load_tokenizer` finds a tokenizer's file in a folder; it may still be damaged."""
+    return _file_in(Path(folder)) is not None
+
+
+def _file_in(folder: Path) -> Path | None:
+    """The file of a folder's tokenizer, of several the first."""
+    for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "encoder.json"):
         if (folder / name).is_file():
-            return _from_file(folder / name)
-    for vocabulary, _ in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if (folder / vocabulary).is_file():
-            return _from_file(folder / vocabulary)
+            return folder / name
     candidates = sorted(folder.glob("*.model")) or sorted(folder.glob("*vocab.txt"))
-    if len(candidates) == 1:
-        return _from_file(candidates[0])
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    found = _file_in(folder)
+    if found is not None:
+        return _from_file(found)
     seen = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     raise DataError(f"{folder}: no tokenizer in this folder (it holds {seen})", hint=f"expected {_KNOWN}")
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from trainwright.data.streaming import StreamDecoder
 from trainwright.data.tokenizer_core import Tokenizer, parallelism
-from trainwright.data.tokenizer_files import load_tokenizer
+from trainwright.data.tokenizer_files import holds_tokenizer, load_tokenizer
 from trainwright.data.tokenizer_training import END_OF_TEXT, train_tokenizer
 
-__all__ = ["END_OF_TEXT", "StreamDecoder", "Tokenizer", "load_tokenizer", "parallelism", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "StreamDecoder",
+    "Tokenizer",
+    "holds_tokenizer",
+    "load_tokenizer",
+    "parallelism",
+    "train_tokenizer",
+]

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from trainwright.base.errors import ConfigError, ModelError
-from trainwright.data import Tokenizer, load_tokenizer
-from trainwright.models import Pretrained, load_pretrained, save_pretrained
+from trainwright.data import Tokenizer, holds_tokenizer, load_tokenizer
+from trainwright.models import Encoder, Pretrained, load_pretrained, save_pretrained
 from trainwright.models.adapters import SavedAdapter, load_adapter, merge_adapter
 from trainwright.models.adapters.targets import task_head_of
+from trainwright.models.importing import read_json
 
 __all__ = ["MAX_ROWS", "MergeReport", "load_adapted", "merge_folder", "text_rows", "tolerance_of"]
 
@@ -37,7 +38,7 @@ class MergeReport:
     Attributes:
         difference: largest absolute difference of a logit (or of a score of the task's head).
         largest: largest absolute logit; tolerance: the largest difference that is accepted.
-        before, after: mean loss of the next token on these rows; None without a language-model head.
+        before, after: mean loss of the next token on these rows; None for encoders and heads of tasks.
         rows: that were compared.
     """
 
@@ -77,7 +78,8 @@ def load_adapted(
     Args:
         base: the folder of the model that they belong to; None takes what they say.
         dtype: of the base; None keeps that of its folder.
-        whole: hold the base in full precision also where it was held in 4 bits while the adapters were trained.
+        whole: hold the base as its folder has it, also where it was held in 4 bits, or as another float, while the
+            adapters were trained.
 
     Raises:
         ModelError: the base is not there, or the adapters do not fit it.
@@ -85,13 +87,19 @@ def load_adapted(
     saved = SavedAdapter(folder)
     place = Path(base if base is not None else saved.base or "")
     if not (place / "config.json").is_file():
-        named = saved.base or "adapter_config.json does not name it"
+        named = base or saved.base or "adapter_config.json does not name it"
         raise ModelError(
             f"the base of the adapters in {folder} is not there: {named}",
             hint="name the folder of the model that they were trained on (--base)",
         )
-    model = load_pretrained(place, dtype=dtype, config=saved.model_config, seed=0)
-    load_adapter(model, folder, base="nf4" if saved.held == "nf4" and not whole else "as_is")
+    try:
+        model = load_pretrained(place, dtype=dtype, config=saved.model_config, seed=0)
+    except ModelError as error:
+        raise ModelError(
+            f"{place} is not the model that the adapters in {folder} stand in: {error.message}",
+            hint="name the folder of the model that they were trained on (--base)",
+        ) from error
+    load_adapter(model, folder, base="as_is" if whole else saved.held)
     return model.eval()
 
 
@@ -110,8 +118,10 @@ def merge_folder(
     Args:
         base: see `load_adapted`.
         into: "trained": the weights that the adapters were trained on, opened where they were held in 4 bits;
-            "original": those of the base's folder, which differ from them by the 4 bits' error.
-        rows: token ids [T] of up to 64 texts on which the change is measured; None draws some at random.
+            "original": those of the base's folder, which differ from them by the 4 bits' error (or the rounding to the
+            float that they were held in).
+        rows: token ids [T] of up to 64 texts on which the change is measured, cut where the model's positions end;
+            None draws some at random.
         dtype: of the written weights; None keeps that of the base's folder.
         tolerance: of logits; None is `tolerance_of`.
 
@@ -123,9 +133,11 @@ def merge_folder(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConfigError(f"{destination} is in use", hint="name a new folder; nothing is overwritten")
     model = load_adapted(folder, base=base, dtype=torch.float32)
-    place = Path(base if base is not None else SavedAdapter(folder).base or "")
-    written = dtype or _stored_dtype(place)
-    batches = [row[None] for row in (rows or _random_rows(model))[:MAX_ROWS]]
+    saved = SavedAdapter(folder)
+    place = Path(base if base is not None else saved.base or "")
+    written = dtype or Pretrained(place).dtype
+    limit = int(model.config.max_position_embeddings)
+    batches = [row[None, :limit] for row in (rows or _random_rows(model))[:MAX_ROWS]]
     before = _measure(model, batches)
     if into == "original":
         del model
@@ -146,7 +158,7 @@ def merge_folder(
     tokenizer = _tokenizer_of(Path(folder), place)
     if tokenizer is not None:  # first: a folder with config.json and weights is complete
         tokenizer.save(destination)
-    save_pretrained(model, destination, dtype=written)
+    save_pretrained(model, destination, dtype=written, generation=_generation(saved, place))
     return report
 
 
@@ -162,8 +174,16 @@ def text_rows(text: Path, folder: str | Path, base: str | Path | None = None, *,
         raise ModelError(
             f"there is no tokenizer beside the adapters in {folder}, nor in their base", hint="leave --text out"
         )
+    try:
+        lines = text.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{text} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{text} is not UTF-8: byte {error.start} is {text.read_bytes()[error.start]:#04x}"
+        ) from error
     rows = []
-    for line in text.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         ids = tokenizer.encode(line)[:length]
         if len(ids) > 1:
             rows.append(torch.tensor(ids))
@@ -177,9 +197,17 @@ def text_rows(text: Path, folder: str | Path, base: str | Path | None = None, *,
 def _tokenizer_of(adapters: Path, base: Path) -> Tokenizer | None:
     """The tokenizer that lies beside the adapters, else that of the base."""
     for folder in (adapters, adapters.parent / "tokenizer", base):
-        if (folder / "tokenizer.json").is_file():
+        if holds_tokenizer(folder):
             return load_tokenizer(str(folder))
     return None
+
+
+def _generation(saved: SavedAdapter, base: Path) -> dict[str, Any] | None:
+    """What ends a text, and else stands in generation_config.json: as it was trained, or else as the base has it."""
+    if saved.generation is not None:
+        return saved.generation
+    path = base / "generation_config.json"
+    return read_json(path) if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -197,22 +225,31 @@ def _measure(model: Any, batches: Sequence[Tensor]) -> _Measured:
             numbers.append(model.scores(batch).float())
             continue
         hidden = model.hidden_states_of(batch)
-        labels = torch.full_like(ids, -100)
-        labels[:, :-1] = ids[:, 1:]
-        sums = model.head_loss(hidden.flatten(0, 1), labels.flatten())
-        loss_sum, count = loss_sum + float(sums.loss_sum), count + int(sums.count)
-        weight = model.head_weight
-        kept = max(1, COMPARED_BYTES // (4 * weight.shape[0] * len(batches)))
+        if _predicts_next(model):
+            labels = torch.full_like(ids, -100)
+            labels[:, :-1] = ids[:, 1:]
+            sums = model.head_loss(hidden.flatten(0, 1), labels.flatten())
+            loss_sum, count = loss_sum + float(sums.loss_sum), count + int(sums.count)
+        kept = max(1, COMPARED_BYTES // (4 * model.config.vocab_size * len(batches)))
         step = -(-ids.shape[1] // kept)
-        numbers.append(torch.nn.functional.linear(hidden[:, ::step].float(), weight.float()))
+        numbers.append(model.logits(hidden[:, ::step]).float())
     return _Measured(numbers, loss_sum / count if count else None)
+
+
+def _predicts_next(model: Any) -> bool:
+    """Whether the model's logits at a token are of the next one."""
+    return not isinstance(model, Encoder) and getattr(model.config, "kind", "causal_lm") != "masked_lm"
 
 
 def _batch(model: Any, ids: Tensor) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "key_mask": torch.ones_like(ids, dtype=torch.bool)}
     batch["entity_starts"] = torch.tensor([[0, min(1, ids.shape[1] - 1)]])
     if getattr(model.config, "is_encoder_decoder", False):
-        batch |= {"decoder_input_ids": ids, "decoder_key_mask": batch["key_mask"]}
+        end = model.config.eos_token_id
+        if isinstance(end, int) and model.config.head is not None:
+            # The heads of T5 and BART read the vector of the last end token.
+            batch["input_ids"] = torch.cat((ids[:, :-1], ids.new_tensor([[end]])), dim=1)
+        batch |= {"decoder_input_ids": batch["input_ids"], "decoder_key_mask": batch["key_mask"]}
     return batch
 
 
@@ -230,11 +267,6 @@ def _compare(before: _Measured, after: _Measured, written: torch.dtype, toleranc
 
 
 def _random_rows(model: Any) -> list[Tensor]:
-    vocabulary = int(model.embedding.weight.shape[0])
-    length = min(64, int(getattr(model.config, "max_position_embeddings", None) or 64) - 4)
+    length = min(64, int(model.config.max_position_embeddings))
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (length,), generator=generator) for _ in range(16)]
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    return Pretrained(folder).dtype
+    return [torch.randint(int(model.config.vocab_size), (length,), generator=generator) for _ in range(16)]

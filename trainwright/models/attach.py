@@ -11,6 +11,7 @@ from torch import nn
 from trainwright.base.errors import ModelError
 from trainwright.models.backbone import Backbone
 from trainwright.models.heads import HeadSpec, head_module_name
+from trainwright.models.hugging_face.build import swap_head
 from trainwright.models.hugging_face.model import HuggingFaceModel
 from trainwright.models.initialise import initial_value
 from trainwright.models.task_heads import DenseHead, EmbeddingHead, RowHead, TokenHead
@@ -31,7 +32,7 @@ def attach_head(model: Model, spec: HeadSpec, *, seed: int = 0) -> Model:
         ModelError: a head of labels has none, or the model has been split over a pipeline.
     """
     if isinstance(model, HuggingFaceModel):
-        attached: Any = model.attach(spec, seed=seed)
+        attached: Any = swap_head(model, spec, seed=seed)
         return attached
     if model.embedding is None:
         raise ModelError("this model is a part of a pipeline already", hint="attach the head before the model is split")

@@ -136,6 +136,15 @@ class Backbone(nn.Module, ABC):
         """
         return labelled_rows(hidden, labels) if labels.device.type == "cpu" else (hidden, labels)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The language-model head's logits [..., V] of hidden states [..., D].
+
+        Raises:
+            ModelError: the head of a task stands in its place.
+        """
+        logits: Tensor = self.language_head(hidden)
+        return logits
+
     @property
     def head_weight(self) -> Tensor:
         """The output projection [V, D], so that a loss can be computed without holding all logits."""

@@ -68,8 +68,7 @@ class Decoder(Backbone):
         hidden = self.hidden_states(
             input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache, key_mask=key_mask
         )
-        logits: Tensor = self.language_head(hidden)
-        return logits
+        return self.logits(hidden)
 
     @property
     def cache_heads(self) -> int:

@@ -79,6 +79,9 @@ class Encoder(Backbone):
             key_mask=key_mask,
             token_type_ids=token_type_ids,
         )
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
         projection = self.language_head
         logits: Tensor = projection(self.lm_head.transform(hidden))
         return logits

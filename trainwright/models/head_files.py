@@ -27,6 +27,9 @@ _PROBLEMS = {
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
+_WRITES = re.compile(r"For[A-Z]|LMHead")
+"""In names of classes that are no trunks."""
+
 _WITHOUT_HEADS = ("dots1",)  # transformers has no such classes for it
 # Classes for extractive answers that call their trunk `transformer` "for backward compatibility".
 _ANSWERING_TRANSFORMER = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -69,20 +72,35 @@ def _pools_otherwise(config: Any) -> bool:
 def head_from_hf(values: Mapping[str, Any]) -> HeadSpec | None:
     """The head that a parsed `config.json` describes; None for a language-model head or a trunk alone.
 
+    transformers carries our key along when it saves a folder under another head or with other labels. So the key counts
+    where `architectures` and the labels still say the same.
+
     Raises:
         ModelError: the labels are not numbered from 0.
     """
-    if isinstance(values.get(KEY), Mapping):
-        return head_from_fields(values[KEY])
     name = str((values.get("architectures") or [""])[0])
-    kind: Any = next((kind for kind, ending in _CLASS_OF.items() if name.endswith(ending)), None)
+    written = values.get(KEY)
+    ours = head_from_fields(written) if isinstance(written, Mapping) else None
+    kind = next((kind for kind, ending in _CLASS_OF.items() if name.endswith(ending)), None)
     if kind is None:
-        return None
+        return None if _WRITES.search(name) else ours
+    theirs = _head_of_class(kind, values)
+    if ours is None or ours.kind != kind:
+        return theirs
+    same = kind == "span" or (ours.labels, ours.problem) == (theirs.labels, theirs.problem)
+    return ours if same else theirs
+
+
+def _head_of_class(kind: Any, values: Mapping[str, Any]) -> HeadSpec:
     if kind == "span":
         return HeadSpec("span", dropout=0.0)
-    problems = {written: ours for ours, written in _PROBLEMS.items()}
-    problem: Any = problems.get(str(values.get("problem_type")), "single_label")
-    return HeadSpec(kind, _labels(values), dropout=_dropout(values, kind), problem=problem)
+    if kind == "token":
+        return HeadSpec("token", _labels(values), dropout=_dropout(values, kind))
+    labels = _labels(values)
+    problems: dict[str, Any] = {written: ours for ours, written in _PROBLEMS.items()}
+    # As transformers has it: one score that nothing is said about is a number.
+    problem = problems.get(str(values.get("problem_type")), "regression" if len(labels) == 1 else "single_label")
+    return HeadSpec(kind, labels, dropout=_dropout(values, kind), problem=problem)
 
 
 def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trainwright.base.errors import ModelError
+from trainwright.models.checks import probability
 
 __all__ = ["HeadSpec", "check_head", "head_fields", "head_from_fields", "head_module_name"]
+
+
+Kind = Literal["sequence", "token", "span", "entities", "embedding"]
+Pooling = Literal["auto", "first", "last", "mean"]
+Problem = Literal["single_label", "multi_label", "regression"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,29 @@ class HeadSpec:
         crf: a "token" head scores transitions between labels too (linear-chain conditional random field).
         dropout: in front of the head.
         problem: "single_label", "multi_label" or "regression": for config.json, as transformers has it.
+
+    Raises:
+        ModelError: a word that is not one of these, labels that are no names or not distinct, or no probability.
     """
 
-    kind: Literal["sequence", "token", "span", "entities", "embedding"]
+    kind: Kind
     labels: tuple[str, ...] = ()
-    pooling: Literal["auto", "first", "last", "mean"] = "auto"
+    pooling: Pooling = "auto"
     crf: bool = False
     dropout: float = 0.1
-    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+    problem: Problem = "single_label"
+
+    def __post_init__(self) -> None:
+        for name, words in (("kind", Kind), ("pooling", Pooling), ("problem", Problem)):
+            value = getattr(self, name)
+            if value not in get_args(words):
+                raise ModelError(f"head: {name} is {value!r}; expected one of {', '.join(get_args(words))}")
+        if not isinstance(self.labels, tuple) or not all(isinstance(label, str) for label in self.labels):
+            raise ModelError(f"head: labels are {self.labels!r}; expected a tuple of names")
+        twice = [label for label in self.labels if self.labels.count(label) > 1]
+        if twice:
+            raise ModelError(f"head: the label {twice[0]!r} stands there {twice.count(twice[0])} times")
+        probability("head: dropout", self.dropout)
 
 
 def check_head(head: object) -> None:

@@ -25,9 +25,9 @@ from trainwright.models.gpt2.presets import GPT2_PRESETS
 from trainwright.models.gpt2.weights import GPT2_WEIGHTS
 from trainwright.models.head_files import head_from_hf
 from trainwright.models.heads import head_module_name
+from trainwright.models.hugging_face.build import build_hugging_face
 from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.models.hugging_face.library import is_known
-from trainwright.models.hugging_face.model import build_hugging_face
 from trainwright.models.hugging_face.plan import plan as hugging_face_plan
 from trainwright.models.hugging_face.weights import HUGGING_FACE_WEIGHTS
 from trainwright.models.initialise import materialize

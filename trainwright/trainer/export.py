@@ -37,12 +37,15 @@ def export_model(run: Run) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(folder)
             generation = _generation(run.tokenizer, getattr(run.task, "stop_ids", ()))
-            merged = save_adapters(model, section, source, run.folder.adapter, base=run.pretrained)
+            merged = save_adapters(
+                model, section, source, run.folder.adapter, base=run.pretrained, generation=generation
+            )
             if merged is not None:
                 save_weights(model.config, merged, folder, generation=generation)
             else:
                 assert section is not None, "only methods of peft have to be merged by peft"
-                merged_peft_model(model.config, section, source, folder, generation=generation)
+                seed = run.recipe.train.seed
+                merged_peft_model(model.config, section, source, folder, seed=seed, generation=generation)
     run.ranks.barrier()
     return folder
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from trainwright.base.errors import ConfigError, ModelError
 from trainwright.config import ModelFromConfig, ModelFromFolder, ModelFromPreset, ModelSection
 from trainwright.config.tasks import TaskSection
+from trainwright.data import holds_tokenizer
 from trainwright.models import ModelConfig, check_vocabulary, load_config, preset, replace
 from trainwright.models.fields import config_from_fields
 from trainwright.models.hub import download
@@ -25,7 +26,6 @@ _READINGS = {"decoder": "a decoder", "encoder": "an encoder", "encoder_decoder":
 _ANY_VOCABULARY, _ANY_LENGTH = 1 << 16, 16  # where only the architecture is asked for
 _LARGEST_VOCABULARY = 1 << 20
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,10 @@ def model_source(section: ModelSection) -> ModelSource:
     folder = Path(section.path) if isinstance(section, ModelFromFolder) else download(section.hf)
     native = section.implementation == "native"
     config = _with_dropout(load_config(folder, native=native), dropout)
-    has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
     return ModelSource(
         make=lambda vocabulary, length, roles: config,
         pretrained=str(folder) if section.init_from_pretrained else None,
-        tokenizer=str(folder) if has_tokenizer else None,
+        tokenizer=str(folder) if holds_tokenizer(folder) else None,
     )
 
 

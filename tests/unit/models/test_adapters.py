@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from trainwright.base.errors import ConfigError, ModelError
@@ -69,6 +70,9 @@ def test_the_model_computes_what_it_did_and_trains_nothing_else(name: str) -> No
 
 
 def test_scaling_of_the_methods() -> None:
+    for alpha in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="alpha"):
+            AdapterOptions(alpha=alpha)
     assert AdapterOptions(rank=16, alpha=32.0).scaling == 2.0
     assert AdapterOptions(name="rslora", rank=16, alpha=32.0).scaling == 8.0
 
@@ -151,6 +155,44 @@ def test_on_the_meta_device_values_come_by_name_and_are_the_same(base: Any) -> N
         assert mine.requires_grad == theirs.requires_grad
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", ["as_is", "fp32", "bf16", "fp16", "nf4"])
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_types_may_be_mixed(name: str, base: Any, dtype: torch.dtype, autocast: bool) -> None:
+    model = llama().to(dtype)
+    apply_adapter(model, AdapterOptions(name=name, rank=4, base=base))
+    disturb(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(ids())
+    assert logits.dtype == (torch.bfloat16 if autocast else dtype)
+    logits.float().square().mean().backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert parameter.grad.dtype == dtype
+            assert parameter.grad.isfinite().all()
+    opened = merge_adapter(model)(ids())
+    assert float((opened.float() - logits.float()).norm() / opened.float().norm()) < (
+        1e-5 if dtype == torch.float32 and not autocast else 5e-2
+    )
+
+
+def test_rows_of_zeros_have_no_length_to_divide_by() -> None:
+    model = llama()
+    with torch.no_grad():
+        for linear in (model.model.layers[0].mlp.up_proj, model.model.layers[1].self_attn.q_proj):
+            linear.weight[3:9] = 0.0
+    before = model(ids())
+    apply_adapter(model, AdapterOptions(name="dora", rank=4))
+    assert torch.equal(model(ids()), before)
+    losses = memorise(model)
+    assert losses[-1] < losses[0] - 0.5
+    expected = model(ids())
+    assert expected.isfinite().all()
+    assert float((merge_adapter(model)(ids()) - expected).abs().max()) < 1e-5
+
+
 # --- merging ---
 
 
@@ -208,6 +250,71 @@ def test_saved_and_loaded_is_the_same_and_what_does_not_fit_is_named(tmp_path: P
         load_adapter(llama(), tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"use_qalora": True}, "use_qalora"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"kasa_config": {}}, None),
+        ({"kasa_config": {"beta": 1}}, "kasa_config"),
+        ({"init_lora_weights": "lora_ga"}, "changed the base"),
+        ({"init_lora_weights": "eva"}, None),
+        ({"bias": "all"}, "biases"),
+        ({"use_dora": True, "use_rslora": True}, "root of the rank"),
+        ({"r": None}, "expected numbers"),
+        ({"lora_alpha": "high"}, "expected numbers"),
+        ({"r": 5}, "expected"),
+    ],
+)
+def test_forms_of_peft_are_read_or_refused_with_the_reason(
+    tmp_path: Path, change: dict[str, Any], said: str | None
+) -> None:
+    model = llama()
+    apply_adapter(model, AdapterOptions(rank=4))
+    disturb(model)
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    again = llama()
+    if said is None:
+        load_adapter(again, tmp_path)
+        assert torch.equal(again(ids()), model(ids()))
+        return
+    with pytest.raises(ModelError, match=said):
+        load_adapter(again, tmp_path)
+    assert torch.equal(again(ids()), llama()(ids())), "where the file does not fit, nothing is changed"
+    apply_adapter(again, AdapterOptions(rank=2))
+
+
+def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no adapters: it has no adapter_config\.json"):
+        load_adapter(llama(), tmp_path)
+    model = llama()
+    apply_adapter(model, AdapterOptions(rank=4))
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for part in (b"", whole[:7], whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(part)
+        with pytest.raises(ModelError, match="cannot be read as safetensors"):
+            load_adapter(llama(), tmp_path)
+    tensors = load(whole)
+    for leaf in ("lora_A", "lora_B"):
+        lost = f"base_model.model.model.layers.0.mlp.up_proj.{leaf}.weight"
+        path.write_bytes(save({name: value for name, value in tensors.items() if name != lost}))
+        with pytest.raises(ModelError, match=f"1 missing: {lost}"):
+            load_adapter(llama(), tmp_path)
+    path.write_bytes(save({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 96)}))
+    with pytest.raises(ModelError, match="no adapters beside linears"):
+        load_adapter(llama(), tmp_path)
+    path.write_bytes(save({name.replace("q_proj", "lm_head"): value for name, value in tensors.items()}))
+    with pytest.raises(ModelError, match="no linear"):
+        load_adapter(llama(), tmp_path)
+    path.write_bytes(save({f"base_model.model.lm_head.lora_{ab}.weight": torch.zeros(4, 4) for ab in "AB"}))
+    with pytest.raises(ModelError, match="beside the head lm_head"):
+        load_adapter(llama(), tmp_path)
+
+
 def test_a_model_goes_on_from_a_folder(tmp_path: Path) -> None:
     trained = llama()
     apply_adapter(trained, AdapterOptions(rank=4))
@@ -251,6 +358,38 @@ def test_codes_of_4_bits_round_to_the_nearest_level_and_take_few_bytes() -> None
     assert sum(part.numel() * part.element_size() for part in packed) == nf4_bytes(96, 200)
     assert nf4_bytes(4096, 4096) / (2 * 4096 * 4096) < 0.26
     assert torch.equal(torch.cat([part.codes for part in (quantise(weight[:40]), quantise(weight[40:]))]), packed.codes)
+
+
+@pytest.mark.parametrize("columns", [2, 62, 64, 66, 128, 130])
+def test_4_bits_of_sizes_that_the_block_does_not_divide(columns: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(5, columns, generator=generator)
+    weight[1] *= 1e-20
+    weight[2] = 3.0
+    weight[3, -1] = -100.0  # one number that is far from the others
+    opened = dequantise(quantise(weight), torch.float32)
+    assert opened.shape == weight.shape
+    assert opened.isfinite().all()
+    assert torch.allclose(opened[2], weight[2], rtol=1e-6)
+    assert float(opened[3, -1]) == pytest.approx(-100.0, rel=1e-6)
+    error = (opened - weight).norm(dim=1) / weight.norm(dim=1)
+    assert float(error[:3].max()) < 0.16, "short rows and small ones are as near as others"
+    rounded = dequantise(quantise(weight.bfloat16()), torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    again = dequantise(quantise(opened), torch.float32)
+    assert float((again - opened).abs().max()) <= 2e-2 * float(opened.abs().max()), "levels are met again"
+
+
+def test_matrices_that_are_too_narrow_stay_as_they_are() -> None:
+    model = llama(hidden_size=32, intermediate_size=66, head_dim=8)
+    before = model(ids())
+    report = apply_adapter(model, AdapterOptions(rank=4, base="nf4"))
+    held = {name.rpartition(".")[2]: shape.base for name, shape in report.linears.items()}
+    assert held["q_proj"] == "as_is"
+    assert held["down_proj"] == "nf4"
+    after = model(ids())
+    assert 0 < float((after - before).abs().max()) < 0.2 * float(before.abs().max())
+    assert float((merge_adapter(model)(ids()) - after).abs().max()) < 1e-5
 
 
 def test_4_bits_are_those_of_torchao_but_for_the_rounding_of_magnitudes() -> None:

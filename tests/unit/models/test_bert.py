@@ -164,6 +164,15 @@ def test_every_token_sees_all_of_its_text_and_no_padding() -> None:
             assert (model.hidden_states(ids) - before).abs().max() < 1e-5
 
 
+def test_kinds_of_tokens_count_where_there_are_several() -> None:
+    ids, types = torch.randint(5, 83, (1, 10)), (torch.arange(10) > 4).long()[None]
+    for changes in ({}, ROBERTA):
+        model = build_model(config(**changes)).eval()
+        with torch.no_grad():
+            apart = float((model.hidden_states(ids, token_type_ids=types) - model.hidden_states(ids)).abs().max())
+        assert (apart > 1e-3) == (not changes), "a tokenizer may tell texts of a pair apart, and RoBERTa does not"
+
+
 def test_names_of_older_releases(tmp_path: Path) -> None:
     model = build_model(config(), seed=3)
     save_pretrained(model, tmp_path)

@@ -21,6 +21,7 @@ from trainwright.models import (
 )
 from trainwright.models.crf import LinearChainCRF
 from trainwright.models.fields import config_fields, config_from_fields
+from trainwright.models.heads import head_from_fields
 from trainwright.models.registry import model_plan
 from trainwright.models.task_heads import pool
 from trainwright.planner.model_facts import model_shape
@@ -121,6 +122,24 @@ def test_a_head_can_be_exchanged_and_the_language_head_says_that_it_is_gone() ->
         build_model(CONFIGS["bert"]).scores(batch_of())
     with pytest.raises(ModelError, match="needs labels"):
         attach_head(build_model(CONFIGS["llama"]), HeadSpec("sequence"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"kind": "sequnce"}, "kind is 'sequnce'; expected one of sequence"),
+        ({"kind": "sequence", "pooling": "max"}, "pooling is 'max'"),
+        ({"kind": "sequence", "problem": "single"}, "problem is 'single'"),
+        ({"kind": "token", "labels": ["O", "B", "O"]}, "'O' stands there 2 times"),
+        ({"kind": "token", "labels": "OB"}, "expected a tuple of names"),
+        ({"kind": "token", "labels": [0, 1]}, "expected a tuple of names"),
+        ({"kind": "token", "dropout": 1.5}, "dropout=1.5"),
+        ({"kind": "token", "crff": True}, "crff"),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        head_from_fields(fields)
 
 
 def test_what_cannot_be_pooled_is_refused() -> None:

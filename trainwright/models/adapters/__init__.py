@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from trainwright.models.adapters.apply import AdaptedShape, AdapterReport, adapter_report, apply_adapter
+from trainwright.models.adapters.folder import SavedAdapter, is_adapter_folder
 from trainwright.models.adapters.linear import AdaptedLinear
-from trainwright.models.adapters.loading import SavedAdapter, is_adapter_folder, load_adapter, saved_values
+from trainwright.models.adapters.loading import load_adapter, saved_values
 from trainwright.models.adapters.merging import merge_adapter, merged_source
 from trainwright.models.adapters.options import AdapterOptions, adapter_options
 from trainwright.models.adapters.saving import save_adapter

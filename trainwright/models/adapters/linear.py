@@ -126,6 +126,8 @@ def as_multiplied(weight: Tensor, x: Tensor) -> Tensor:
 def row_norms(rows: Any, a: Tensor | None, b: Tensor | None, scaling: float, whole_squares: Any = None) -> Tensor:
     """Lengths [O] of the rows of W + s B A, in fp32; some rows of W are unpacked at a time.
 
+    A row of zeros has the smallest length above zero, so that it can be divided by (0 / 0 would be no number).
+
     Args:
         rows: (begin, stop) -> these rows of W [.., I] in fp32, beyond the last one none.
         a, b: None for those of W itself.
@@ -146,7 +148,7 @@ def row_norms(rows: Any, a: Tensor | None, b: Tensor | None, scaling: float, who
             begin += len(part)
     total = torch.cat(squares) if squares else first.new_zeros(0)
     lengths: Tensor = (total if whole_squares is None else whole_squares(total)).sqrt()
-    return lengths
+    return lengths.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class _FrozenProduct(torch.autograd.Function):

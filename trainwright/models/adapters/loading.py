@@ -1,218 +1,28 @@
-"""Adapters from files: ours, or those that peft wrote for the transformers model of the same weights."""
+"""The values of a folder of adapters, by the names that they have in a model; and a model given them."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
 from trainwright.models.adapters.apply import AdapterReport, adapter_report, apply_adapter
+from trainwright.models.adapters.folder import SavedAdapter
 from trainwright.models.adapters.linear import ADAPTER_LEAVES
 from trainwright.models.adapters.names import PREFIX, FileNames
-from trainwright.models.adapters.options import AdapterOptions, Base
-from trainwright.models.adapters.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_FIELDS
-from trainwright.models.adapters.targets import task_head_of
-from trainwright.models.fields import config_from_fields
-from trainwright.models.importing import read_json
-from trainwright.models.registry import ModelConfig
+from trainwright.models.adapters.options import Base
+from trainwright.models.adapters.targets import extra_parameters, target_linears
+from trainwright.models.head_files import is_head_tensor
+from trainwright.models.weights import FilePart
 
-__all__ = ["SavedAdapter", "is_adapter_folder", "load_adapter", "saved_values"]
+__all__ = ["load_adapter", "saved_values"]
 
 _SHOWN = 6
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "eva")
-"""Ways of peft to begin that change the weights of the base, which its file then does not hold."""
-
-
-def is_adapter_folder(folder: str | Path) -> bool:
-    """Whether a folder holds adapters."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
-
-
-class SavedAdapter:
-    """The adapters in a folder; opened when it is made, read when they are asked for.
-
-    Attributes:
-        base: the folder or name of the model that they belong to, as their configuration has it; None if it is silent.
-        values: the configuration.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        """Raises ModelError: files are missing or damaged, or the adapters are of another method or form."""
-        self.folder = Path(folder)
-        self.values = read_json(self.folder / ADAPTER_CONFIG)
-        self._refuse_other_forms()
-        base = self.values.get("base_model_name_or_path")
-        self.base = str(base) if base else None
-        known = self.folder / MODEL_FIELDS
-        self.fields: dict[str, Any] = read_json(known) if known.is_file() else {}
-        path = self.folder / ADAPTER_WEIGHTS
-        if not path.is_file():
-            pickled = (self.folder / "adapter_model.bin").is_file()
-            raise ModelError(
-                f"{self.folder} has no {ADAPTER_WEIGHTS}" + (", and a pickle can run code: it is not read" * pickled),
-                hint="save the adapters as safetensors (peft's default)",
-            )
-        try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read as safetensors: {error}", hint="get the file again") from error
-        self._shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
-
-    def _refuse_other_forms(self) -> None:
-        values = self.values
-        problems = []
-        if values.get("peft_type") != "LORA":
-            problems.append(f"peft_type is {values.get('peft_type')!r}, and LORA is read")
-        for key in (
-            "rank_pattern",
-            "alpha_pattern",
-            "layer_replication",
-            "target_parameters",
-            "trainable_token_indices",
-        ):
-            if values.get(key):
-                problems.append(f"{key} is set")
-        if values.get("bias", "none") != "none" or values.get("lora_bias"):
-            problems.append("biases are trained")
-        start = values.get("init_lora_weights", True)
-        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-            problems.append(f"init_lora_weights {start!r} changed the base's weights")
-        if problems:
-            raise ModelError(
-                f"{self.folder}: adapters of a form that is not read: {'; '.join(problems)}",
-                hint="open them with peft, merge them there (merge_and_unload) and save the model",
-            )
-
-    def options(self, *, base: Base = "as_is") -> AdapterOptions:
-        """Their method; `targets_in` says of which linears."""
-        values = self.values
-        name = "dora" if values.get("use_dora") else "rslora" if values.get("use_rslora") else "lora"
-        if values.get("use_dora") and values.get("use_rslora"):
-            raise ModelError(f"{self.folder}: DoRA scaled by the root of the rank is not read")
-        return AdapterOptions(
-            name=name,
-            rank=int(values["r"]),
-            alpha=float(values["lora_alpha"]),
-            dropout=float(values.get("lora_dropout") or 0.0),
-            base=base,
-        )
-
-    @property
-    def model_config(self) -> ModelConfig | None:
-        """The model that they stand in, with its task's head; None for folders of peft, which do not say it."""
-        fields = self.fields.get("model")
-        return None if fields is None else config_from_fields(fields)
-
-    @property
-    def held(self) -> Base:
-        """How the frozen weights were held while they were trained; of peft's folders nothing is known."""
-        known: Base = self.fields.get("base", "as_is")
-        return known
-
-    @cached_property
-    def modules(self) -> frozenset[str]:
-        """Linears that have an adapter, by their names in transformers."""
-        found = (re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_A\.weight", key) for key in self._shapes)
-        return frozenset(match[1] for match in found if match is not None)
-
-    @cached_property
-    def extra(self) -> frozenset[str]:
-        """Other parameters in the file, by their names in transformers."""
-        adapters = re.compile(r"\.lora_(A\.weight|B\.weight|magnitude_vector)$")
-        return frozenset(key.removeprefix(PREFIX) for key in self._shapes if not adapters.search(key))
-
-    def targets_in(self, model: nn.Module, config: Any | None, *, base: Base = "as_is") -> AdapterOptions:
-        """Their options for a model without adapters: `targets` and `train` name what the file has, one by one.
-
-        Raises:
-            ModelError: the model lacks a linear or a parameter that the file has.
-        """
-        names = FileNames(config)
-        linears = {
-            names.module(name, module.weight.shape): name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        lost = sorted(self.modules - set(linears))
-        if lost:
-            raise ModelError(
-                f"{self.folder}: the model has no linear {lost[0]!r} ({len(lost)} such)",
-                hint="the adapters belong to another model; base_model_name_or_path is "
-                f"{self.base or 'not in adapter_config.json'}",
-            )
-        wanted = {name for key, name in linears.items() if key in self.modules}
-        head = task_head_of(model)
-        of_head = set() if head is None else {id(parameter) for parameter in head.parameters()}
-        train = [
-            name
-            for name, parameter in model.named_parameters()
-            if id(parameter) not in of_head and names.parameter(name, tuple(parameter.shape)) in self.extra
-        ]
-        return dataclasses.replace(
-            self.options(base=base),
-            targets=tuple(f"^{re.escape(name)}$" for name in linears.values() if name in wanted),
-            train=tuple(f"^{re.escape(name)}$" for name in train),
-        )
-
-    def read(
-        self, report: AdapterReport, config: Any | None, shapes: Mapping[str, Sequence[int]]
-    ) -> Mapping[str, Tensor]:
-        """Every value of the file under the name that it has in a model with these adapters.
-
-        Args:
-            config: of the model; None where its names are those of transformers.
-            shapes: of its parameters.
-
-        Raises:
-            ModelError: file and model do not have the same parameters; names some.
-        """
-        names = FileNames(config)
-        expected: dict[str, tuple[str, str, tuple[int, int]]] = {}
-        for module, linear in report.linears.items():
-            shape = (linear.out_features, linear.in_features)
-            for leaf in ADAPTER_LEAVES:
-                if leaf != "magnitude" or report.options.name == "dora":
-                    expected[names.tensor(module, shape, leaf)] = (module, leaf, shape)
-        extra = {
-            PREFIX + part.name: (name, part)
-            for name in report.extra
-            if name in shapes
-            for part in names.parts(name, shapes[name])
-        }
-        missing = [key for key in (*expected, *extra) if key not in self._shapes]
-        unknown = [key for key in self._shapes if key not in expected and key not in extra]
-        if missing or unknown:
-            parts = [
-                f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{' ...' if len(keys) > _SHOWN else ''}"
-                for what, keys in (("missing", missing), ("not of this model", unknown))
-                if keys
-            ]
-            raise ModelError(
-                f"{self.folder}: the adapters do not fit the model ({' | '.join(parts)})",
-                hint="rank, method and targets must be those with which they were saved, and the base the same model",
-            )
-        found = {
-            f"{module}.{leaf}": names.from_file(module, shape, leaf, self._file.get_tensor(key))
-            for key, (module, leaf, shape) in expected.items()
-        }
-        for key, (name, part) in extra.items():
-            value = names.part_from_file(part, self._file.get_tensor(key))
-            if part.row is None:
-                found[name] = value
-            else:
-                found.setdefault(name, torch.empty(tuple(shapes[name]), dtype=value.dtype))[part.row] = value
-        for name, value in found.items():
-            if tuple(shapes[name]) != tuple(value.shape):
-                raise ModelError(f"{self.folder}: {name} is {list(value.shape)}, expected {list(shapes[name])}")
-        return found
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, base: Base = "as_is") -> AdapterReport:
@@ -225,13 +35,18 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base: Base = "as_is") 
     Raises:
         ModelError: the folder holds no adapters that can be read, or they do not fit the model (names some).
     """
+    if adapter_report(model) is not None:
+        raise ModelError(
+            f"{type(model).__name__} has adapters already", hint="merge them (merge_adapter), then load others"
+        )
     saved = SavedAdapter(folder)
-    config: Any = getattr(model, "config", None)
-    config = config if hasattr(config, "family") else None
-    options = saved.targets_in(model, config, base=base)
+    options = saved.targets_in(model, _known_config(model), base=base)
+    linears = target_linears(model, options.targets)
+    # Read before the model is changed: where the file does not fit, the model stays what it was.
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    values = _read(saved, shapes, extra_parameters(model, options.train, linears), model)
     report = apply_adapter(model, options)
     parameters = dict(model.named_parameters())
-    values = saved.read(report, config, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
@@ -258,6 +73,130 @@ def saved_values(model: nn.Module, folder: str | Path) -> Mapping[str, Tensor]:
                 f"the adapters in {folder} have {what} {getattr(theirs, what)}, expected {getattr(mine, what)}",
                 hint=f"set adapter.{what} to {getattr(theirs, what)}",
             )
+    linears = {name: (linear.out_features, linear.in_features) for name, linear in report.linears.items()}
+    return _read(saved, linears, report.extra, model)
+
+
+def _known_config(model: nn.Module) -> Any | None:
+    """The configuration of a model that the registry knows."""
     config: Any = getattr(model, "config", None)
+    return config if hasattr(config, "family") else None
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A tensor of the file.
+
+    Attributes:
+        name: of the parameter that it belongs to. shape: in the file.
+        linear: (name, shape of its weight) of the linear that it is the adapter of; else None.
+        part: which part of another parameter it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    linear: tuple[str, tuple[int, int]] | None = None
+    part: FilePart | None = None
+
+
+def _read(
+    saved: SavedAdapter, linears: Mapping[str, tuple[int, int]], extra: Sequence[str], model: nn.Module
+) -> Mapping[str, Tensor]:
+    """Every value of a folder under the name that it has in a model with these adapters.
+
+    Args:
+        linears: (output, input) features of adapted linears, by name. extra: names of parameters trained as they are.
+
+    Raises:
+        ModelError: file and model do not have the same parameters; names some.
+    """
+    names = FileNames(_known_config(model))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return saved.read(report, config if hasattr(config, "family") else None, shapes)
+    wanted = _adapters(saved, linears, names) | _others(saved, extra, names, shapes)
+    _refuse_other_tensors(saved, wanted, _tied(saved, names, wanted))
+    for key, one in wanted.items():
+        if saved.shapes[key] != one.shape:
+            raise ModelError(f"{saved.folder}: {key} is {list(saved.shapes[key])}, expected {list(one.shape)}")
+    found: dict[str, Tensor] = {}
+    for key, one in wanted.items():
+        value = saved.tensor(key)
+        if one.linear is not None:
+            found[one.name] = names.from_file(*one.linear, one.name.rpartition(".")[2], value)
+            continue
+        assert one.part is not None
+        value = names.part_from_file(one.part, value)
+        if one.part.row is None:
+            found[one.name] = value
+        else:
+            found.setdefault(one.name, torch.empty(shapes[one.name], dtype=value.dtype))[one.part.row] = value
+    return found
+
+
+def _adapters(saved: SavedAdapter, linears: Mapping[str, tuple[int, int]], names: FileNames) -> dict[str, _Wanted]:
+    """The tensors of adapters, by their names in the file."""
+    options = saved.options()
+    found = {}
+    for module, (rows, columns) in linears.items():
+        parts = {"lora_A": (options.rank, columns), "lora_B": (rows, options.rank), "magnitude": (rows,)}
+        for leaf in ADAPTER_LEAVES if options.name == "dora" else ("lora_A", "lora_B"):
+            shape = (rows, columns)
+            found[names.tensor(module, shape, leaf)] = _Wanted(f"{module}.{leaf}", parts[leaf], (module, shape))
+    return found
+
+
+def _others(
+    saved: SavedAdapter, extra: Sequence[str], names: FileNames, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, _Wanted]:
+    """The tensors of other parameters, by their names in the file."""
+    found = {}
+    for name in extra:
+        if name not in shapes:  # a tied one has one name only
+            continue
+        for part, shape in names.file_shapes(name, shapes[name]).items():
+            key = PREFIX + part.name
+            of_base = not saved.fields and ".pooler." in part.name  # which peft does not train
+            if key in saved.shapes or not of_base:
+                found[key] = _Wanted(name, shape, part=part)
+    return found
+
+
+def _tied(saved: SavedAdapter, names: FileNames, wanted: Collection[str]) -> set[str]:
+    """Further names in the file of parameters that the model holds as one.
+
+    Raises:
+        ModelError: the file has the parameter under one name only, or another value under each: peft has untied it.
+    """
+    known = set()
+    for alias, first in names.ties().items():
+        if PREFIX + first not in wanted or PREFIX + first not in saved.shapes:
+            continue
+        if PREFIX + alias in saved.shapes:
+            same = torch.equal(saved.tensor(PREFIX + alias), saved.tensor(PREFIX + first))
+            known.add(PREFIX + alias)
+        else:
+            same = bool(saved.values.get("ensure_weight_tying"))
+        if not same:
+            raise ModelError(
+                f"{saved.folder}: {first} was trained apart from {alias}, and the base has them as one weight",
+                hint="save the base with tie_word_embeddings=false and both weights, and load the adapters into that",
+            )
+    return known
+
+
+def _refuse_other_tensors(saved: SavedAdapter, wanted: Collection[str], tied: Collection[str]) -> None:
+    missing = [key for key in wanted if key not in saved.shapes]
+    unknown = [key for key in saved.shapes if key not in wanted and key not in tied]
+    if not missing and not unknown:
+        return
+    parts = [
+        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{' ...' if len(keys) > _SHOWN else ''}"
+        for what, keys in (("missing", missing), ("not of this model", unknown))
+        if keys
+    ]
+    of_head = not missing and all(is_head_tensor(key.removeprefix(PREFIX)) for key in unknown)
+    raise ModelError(
+        f"{saved.folder}: the adapters do not fit the model ({' | '.join(parts)})",
+        hint="they come with the head of a task: give the base that head first (attach_head, save_pretrained)"
+        if of_head
+        else "rank, method and targets must be those with which they were saved, and the base the same model",
+    )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
 from trainwright.models.adapters.apply import AdapterReport, adapter_report
+from trainwright.models.adapters.held import opened_rows
 from trainwright.models.adapters.linear import ADAPTER_LEAVES, NF4_LEAVES, AdaptedLinear, row_norms
-from trainwright.models.adapters.nf4 import NF4, dequantise
 from trainwright.models.adapters.saving import source_of
 from trainwright.models.exporting import WeightSource
 
@@ -48,17 +48,14 @@ def merged_source(report: AdapterReport, source: WeightSource) -> WeightSource:
 
 def _merged_rows(report: AdapterReport, source: WeightSource, module: str, first: int, rows: int) -> Tensor:
     """Rows of W + s B A in fp32, with their lengths where the method is DoRA."""
-    options, linear = report.options, report.linears[module]
+    options = report.options
 
     def part(leaf: str) -> Tensor:
         return source.read(f"{module}.{leaf}", first, rows)
 
     a = source.read(f"{module}.lora_A", 0, options.rank).float()
     b = part("lora_B").float()
-    if linear.nf4:
-        weight = dequantise(NF4(*(part(leaf) for leaf in NF4_LEAVES)), torch.float32)
-    else:
-        weight = part("weight").float()
+    weight = opened_rows(report, source, module, first, rows)
     if options.name != "dora":
         return torch.addmm(weight, b, a, alpha=options.scaling)
     lengths = row_norms(lambda begin, stop: weight[begin:stop], a, b, options.scaling)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainwright.models.registry import family_of
+from trainwright.models.hugging_face.structure import structure
+from trainwright.models.registry import family_of, model_plan
 from trainwright.models.weights import FilePart
 
 __all__ = ["PREFIX", "FileNames"]
@@ -39,7 +40,24 @@ class FileNames:
 
     def parts(self, name: str, shape: Sequence[int]) -> list[FilePart]:
         """The tensors of a file that a parameter is made of."""
-        return [FilePart(name, None)] if self._weights is None else self._weights.parts(self._config, name, shape)
+        return [FilePart(name, None)] if self._weights is None else self._weights.placed(self._config, name, shape)
+
+    def file_shapes(self, name: str, shape: Sequence[int]) -> dict[FilePart, tuple[int, ...]]:
+        """`parts` and their shapes in the file."""
+        if self._weights is None:
+            return {FilePart(name, None): tuple(shape)}
+        return self._weights.file_shapes(self._config, name, shape)
+
+    def ties(self) -> dict[str, str]:
+        """Further names of parameters that the model holds as one (an output head and its embedding) -> the first, as
+        files name them. peft copies modules, which unties them: its files need every name."""
+        if self._config is None:
+            return {}
+        if self._config.family == "transformers":
+            return dict(structure(self._config).aliases)
+        shape = (self._config.vocab_size, self._config.hidden_size)
+        pairs = model_plan(self._config).tied
+        return {self.parameter(alias, shape): self.parameter(first, shape) for first, alias in pairs}
 
     def module(self, name: str, shape: Sequence[int]) -> str:
         """The name of a linear with a weight of this shape in a file."""

@@ -50,6 +50,8 @@ class AdapterOptions:
             raise ConfigError(f"adapter {self.name!r} is not one of {', '.join(METHODS)}")
         if self.rank < 1:
             raise ConfigError(f"the rank of an adapter is {self.rank}, expected at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"alpha of an adapter is {self.alpha}, expected a number above 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"the dropout of an adapter is {self.dropout}, expected at least 0 and below 1")
 

@@ -20,13 +20,14 @@ from torch import nn
 from trainwright.base.errors import ConfigError, MissingDependencyError, ModelError
 from trainwright.base.seeds import derive_seed
 from trainwright.models.adapters.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS, source_of
-from trainwright.models.adapters.targets import task_head_of
+from trainwright.models.adapters.targets import head_parameters
 from trainwright.models.backbone import Backbone
 from trainwright.models.exporting import WeightSource
 
 __all__ = ["PeftReport", "apply_peft_method", "inject_peft_method", "merge_peft_method", "save_peft_method"]
 
 _OWN = {"LORA": "lora, rslora, dora or qlora"}
+_NEEDS_TASKS = ("POLY",)
 _NAME = "default"
 
 
@@ -78,7 +79,7 @@ def inject_peft_method(model: nn.Module, config: Mapping[str, Any], *, seed: int
     method's name."""
     peft = _peft()
     method, made = _configuration(peft, config)
-    head = task_head_of(model)
+    of_head = head_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with torch.random.fork_rng():
@@ -90,8 +91,8 @@ def inject_peft_method(model: nn.Module, config: Mapping[str, Any], *, seed: int
                 f"peft cannot put {method} into {type(model).__name__}: {error}",
                 hint="other methods, or other adapter.config.target_modules, may fit",
             ) from error
-    if head is not None:
-        head.requires_grad_(True)
+    for parameter in of_head.values():
+        parameter.requires_grad_(True)
     return method
 
 
@@ -113,10 +114,7 @@ def save_peft_method(
     # What a method keeps and never trains stands in buffers.
     state |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name not in state}
     found = peft.get_peft_model_state_dict(model, state_dict=state, adapter_name=_NAME)
-    head = task_head_of(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    if head is not None:
-        found |= {name: state[name] for p in head.parameters() if (name := names[id(p)]) in state}
+    found |= {name: state[name] for name in head_parameters(model) if name in state}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     made: Any = model.__dict__["peft_config"][_NAME]
@@ -174,6 +172,8 @@ def _configuration(peft: Any, config: Mapping[str, Any]) -> tuple[str, Any]:
         raise ConfigError(f"peft_type {method} is a method of our own", hint=f"use adapter.name {_OWN[method]}")
     if method not in known:
         raise ConfigError(f"peft_type {method!r} is not one of {', '.join(sorted(known))}")
+    if method in _NEEDS_TASKS:
+        raise ConfigError(f"peft_type {method} needs the number of a task with every batch, which batches here lack")
     if method not in injected:
         raise ConfigError(
             f"peft_type {method} is not a part of the model's modules", hint="methods that are: " + ", ".join(injected)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainwright.base.errors import ModelError
 from trainwright.base.safetensors_file import DTYPE_CODES, StoredTensor, write_folder
 from trainwright.models.adapters.apply import AdapterReport, adapter_report
+from trainwright.models.adapters.held import sample_of_base
 from trainwright.models.adapters.linear import ADAPTER_LEAVES
 from trainwright.models.adapters.names import PREFIX, FileNames
 from trainwright.models.exporting import WeightSource
@@ -30,8 +31,8 @@ __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "MODEL_FIELDS", "save_adapter", 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_FIELDS = "trainwright_model.json"
-"""Beside the files of peft: the model that the adapters stand in, with its task's head, and how its weights were held
-while they were trained."""
+"""Beside the files of peft: the model that the adapters stand in, with its task's head, how its weights were held while
+they were trained with a few numbers of them, and what ends the texts that it writes."""
 
 _TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS", "embedding": "FEATURE_EXTRACTION"}
 
@@ -42,6 +43,7 @@ def save_adapter(
     *,
     source: WeightSource | None = None,
     base: str | None = None,
+    generation: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write the adapters of a model, and what was trained beside them, so that peft opens them; returns the folder.
@@ -50,6 +52,7 @@ def save_adapter(
         model: with adapters; it may be divided in any way, or have lost parts of it to other processes.
         source: gives its parameters (`readable_weights`); None reads those of a model that is whole in this process.
         base: the folder or name of the model that the adapters belong to; it is written into the configuration.
+        generation: keys that generation_config.json of the merged model gets (`eos_token_id` of what was trained, say).
         dtype: of the written tensors; None keeps each as it is.
 
     Raises:
@@ -76,12 +79,16 @@ def save_adapter(
         place=lambda _: weights,
         max_bytes=1 << 62,
     )
-    document = _configuration(report, names, base, _task_type(model))
+    whole = sorted({name.removeprefix(PREFIX).rpartition(".")[0] for name, piece in wanted.items() if piece.part})
+    document = _configuration(report, names, base, _task_type(model), whole)
     text.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _sync(text)
     (folder / ADAPTER_CONFIG).unlink(missing_ok=True)  # of other weights than those that come now
     if hasattr(config, "family"):
-        fields = {"model": config_fields(config), "base": report.options.base}
+        sample = sample_of_base(report, names, source)
+        fields = {"model": config_fields(config), "base": report.options.base, "base_sample": sample}
+        if generation:
+            fields["generation"] = dict(generation)
         (folder / MODEL_FIELDS).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _sync(folder / MODEL_FIELDS)
     os.replace(weights, folder / ADAPTER_WEIGHTS)
@@ -129,9 +136,11 @@ def _wanted(report: AdapterReport, names: FileNames, source: WeightSource) -> di
         shape_of_all = source.shapes.get(ours)
         if shape_of_all is None:  # a tied one has one name only
             continue
-        for part in names.parts(ours, shape_of_all):
-            probe = torch.empty(shape_of_all if part.row is None else shape_of_all[1:], device="meta")
-            found[PREFIX + part.name] = _Piece(ours, tuple(names.part_to_file(part, probe).shape), part=part)
+        for part, shape_in_file in names.file_shapes(ours, shape_of_all).items():
+            found[PREFIX + part.name] = _Piece(ours, shape_in_file, part=part)
+    for alias, first in names.ties().items():
+        if PREFIX + first in found:
+            found[PREFIX + alias] = found[PREFIX + first]
     return found
 
 
@@ -160,19 +169,22 @@ def _view(tensor: Tensor) -> memoryview:
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """What peft calls the task of the model."""
-    head = getattr(getattr(model, "config", None), "head", None)
-    if head is not None:
-        return _TASKS.get(head.kind)
-    config = getattr(model, "config", None)
-    kind = getattr(config, "kind", "causal_lm") if hasattr(config, "family") else None
-    return {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "seq2seq_lm": "SEQ_2_SEQ_LM"}.get(str(kind))
+    """What peft calls the task of the model; None where it has no name for it (masked language models)."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "family"):
+        return None
+    if config.head is not None:
+        return _TASKS.get(config.head.kind)
+    kind = config.kind if config.family == "transformers" else "masked_lm" if config.family == "bert" else "causal_lm"
+    return {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(kind)
 
 
-def _configuration(report: AdapterReport, names: FileNames, base: str | None, task: str | None) -> dict[str, Any]:
+def _configuration(
+    report: AdapterReport, names: FileNames, base: str | None, task: str | None, whole: list[str]
+) -> dict[str, Any]:
+    """adapter_config.json. whole: modules, as files name them, that are trained as they are."""
     options = report.options
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in report.linears.items()}
-    whole = sorted({names.parameter(name, (1,)).rpartition(".")[0] for name in report.extra})
     return {
         "peft_type": "LORA",
         "task_type": task,

@@ -9,15 +9,32 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from trainwright.base.errors import ConfigError
+from trainwright.models.hugging_face.heads import is_of_head
+from trainwright.models.hugging_face.model import HuggingFaceModel
 from trainwright.models.moe.layer import Experts
 
-__all__ = ["extra_parameters", "head_modules", "target_linears", "task_head_of"]
+__all__ = ["extra_parameters", "head_modules", "head_parameters", "target_linears", "task_head_of"]
 
 
 def task_head_of(model: nn.Module) -> nn.Module | None:
     """The head of a task that stands on the model in place of the language model's; None where there is none."""
     head: nn.Module | None = getattr(model, "task_head", None)
     return head
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the task's head by name (a tied one under each), with those of transformers that lie between
+    the trunk and the scores; empty where the language model's head stands."""
+    head = task_head_of(model)
+    if head is None:
+        return {}
+    own = {id(parameter) for parameter in head.parameters()}
+    theirs = isinstance(model, HuggingFaceModel)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in own or (theirs and is_of_head(model, name))
+    }
 
 
 def head_modules(model: nn.Module) -> set[nn.Module]:
@@ -119,8 +136,7 @@ def extra_parameters(model: nn.Module, patterns: Sequence[str], adapted: Iterabl
     Raises:
         ConfigError: a pattern finds nothing, or the weight of an adapted linear.
     """
-    task = task_head_of(model)
-    of_head = set() if task is None else {id(p) for p in task.parameters()}
+    of_head = head_parameters(model)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     prefixes = tuple(f"{name}." for name in adapted)
     for pattern in patterns:
@@ -137,8 +153,4 @@ def extra_parameters(model: nn.Module, patterns: Sequence[str], adapted: Iterabl
                 f"adapter.train {pattern!r} names {frozen[0]}, of a linear that has an adapter",
                 hint="name other parameters, or leave this linear out of adapter.targets",
             )
-    return [
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in of_head or any(re.search(pattern, name) for pattern in patterns)
-    ]
+    return [name for name in names if name in of_head or any(re.search(pattern, name) for pattern in patterns)]

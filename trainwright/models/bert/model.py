@@ -25,7 +25,7 @@ def _norm(config: BertConfig) -> LayerNorm:
 
 
 class BertEmbeddings(nn.Module):
-    """norm(word + position + kind of token), then dropout."""
+    """norm(word + position + kind of token), then dropout. Where there is one kind (RoBERTa), every token is of it."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class BertEmbeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        if token_type_ids is None:
+        if token_type_ids is None or self.token_type_embeddings.num_embeddings == 1:
             token_type_ids = torch.zeros_like(input_ids)
         x = self.word_embeddings(input_ids) + self.position_embeddings(position_ids + self.offset)
         out: Tensor = self.dropout(self.LayerNorm(x + self.token_type_embeddings(token_type_ids)))

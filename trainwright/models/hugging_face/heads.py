@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from trainwright.base.errors import ModelError
 from trainwright.models.crf import LinearChainCRF
 from trainwright.models.heads import HeadSpec
+from trainwright.models.hugging_face.structure import HEAD_PREFIXES, trunk_prefix
 from trainwright.models.task_heads import pool
 
-__all__ = ["add_own_head", "head_module_of", "named_scores", "swap_head"]
+__all__ = ["add_own_head", "head_module_of", "is_of_head", "named_scores"]
 
 _NAMES = ("score", "classifier", "qa_outputs", "classification_head", "logits_proj")
 
@@ -43,6 +44,16 @@ def head_module_of(model: nn.Module) -> str:
     return found
 
 
+def is_of_head(model: Any, name: str) -> bool:
+    """Whether a parameter of a model with the head of a task lies between its trunk and its scores: in the module that
+    makes them, in a layer in front of it, or in a pooler, which stands in the trunk and which only heads of texts
+    read."""
+    prefix = trunk_prefix(model)
+    if not prefix:
+        return name.startswith(HEAD_PREFIXES)
+    return not name.startswith(prefix) or (model.config.head.kind == "sequence" and ".pooler." in name)
+
+
 def add_own_head(model: Any, spec: HeadSpec, *, on_trunk: bool) -> None:
     """Give a model on the meta device `task_head_`: a whole head on a bare trunk, or transitions beside its own."""
     from trainwright.models.attach import make_head
@@ -68,31 +79,3 @@ def named_scores(model: Any, hidden: Tensor, batch: Mapping[str, Tensor]) -> Ten
         hidden = pool(hidden, batch, "last")
     scores: Tensor = head(hidden)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
-
-
-@torch.no_grad()
-def swap_head(model: Any, spec: HeadSpec, build: Any, *, seed: int) -> Any:
-    """Put another head on a model, in place: it becomes the class of transformers for it, with the same trunk.
-
-    build: configuration -> model on the meta device.
-    """
-    if model.config.head == spec:
-        return model
-    from trainwright.models.initialise import initial_value
-    from trainwright.models.weights import kept_tensors
-
-    config = dataclasses.replace(model.config, head=spec)
-    old, dtype, device = dict(model.state_dict()), model.head_dtype, model.embedding.weight.device
-    new = build(config).to(dtype).train(model.training)
-    if device.type != "meta":
-        new.to_empty(device=device)
-        new.tie_weights()
-        first = f"{model.base_model_prefix}."
-        for name, tensor in kept_tensors(new).items():
-            known = next((n for n in (name, first + name, name.removeprefix(first)) if n in old), None)
-            own = known is not None and old[known].shape == tensor.shape
-            tensor.copy_(old[known] if own and known else initial_value(name, tensor.shape, config, seed))
-    model.__dict__.clear()
-    model.__dict__.update(new.__dict__)
-    model.__class__ = new.__class__
-    return model

@@ -48,7 +48,7 @@ TRUNKS = ("encoder", "text_encoder")
 _NOT_OURS = ("transformers_version", "_name_or_path", "auto_map", "torch_dtype", "dtype", "_attn_implementation")
 
 _CHATTY = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of kernels this torch has not, when transformers imports an installed torchao that no run asked for."""
+"""Loggers that warn of kernels this torch has not, when transformers imports an installed torchao unasked."""
 
 
 def _library() -> Any:

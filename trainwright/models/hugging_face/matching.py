@@ -12,7 +12,7 @@ from torch import Tensor
 from trainwright.base.errors import ModelError
 from trainwright.models.head_files import is_head_tensor
 from trainwright.models.hugging_face.library import todays_name
-from trainwright.models.hugging_face.structure import Structure, structure
+from trainwright.models.hugging_face.structure import Structure, structure, trunk_prefix
 from trainwright.models.weights import kept_tensors
 
 __all__ = ["match_names"]
@@ -36,7 +36,7 @@ def match_names(
     """
     facts = structure(model.config)
     named = {facts.file_names.get(name, name): (name, tuple(t.shape)) for name, t in kept_tensors(model).items()}
-    prefix = _trunk_prefix(model)
+    prefix = trunk_prefix(model)
     seen: dict[str, str] = {}
     doubled: dict[str, str] = {}
     unexpected: list[str] = []
@@ -80,12 +80,6 @@ def match_names(
     _refuse(missing, unexpected, wrong)
     ours = frozenset(named[name][0] for name in (*without, *state))
     return seen, ours, tuple(_notes(without, unused))
-
-
-def _trunk_prefix(model: Any) -> str:
-    """What the names of the trunk begin with; empty where the model is its trunk, or has no part of that name."""
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    return f"{prefix}." if prefix and prefix in dict(model.named_children()) else ""
 
 
 def _trunk_beginning(model: Any, shapes: Mapping[str, Any]) -> str:

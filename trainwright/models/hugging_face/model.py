@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,30 +15,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainwright.base.errors import ModelError
-from trainwright.models.heads import HeadSpec
+from trainwright.models.hugging_face.arguments import Arguments
 from trainwright.models.hugging_face.cache import HuggingFaceCache
-from trainwright.models.hugging_face.config import HuggingFaceConfig
 from trainwright.models.hugging_face.head import Reached, Tail, projection_loss, standing_in, tail_of
-from trainwright.models.hugging_face.heads import add_own_head, head_module_of, named_scores, swap_head
-from trainwright.models.hugging_face.inputs import (
-    Packing,
-    accepted_names,
-    packed_inputs,
-    packing_refused,
-    positions_in,
-)
-from trainwright.models.hugging_face.library import TRUNKS
-from trainwright.models.hugging_face.proofs import find_packing, prove_tail
-from trainwright.models.hugging_face.structure import build_module, non_persistent_buffers, structure
+from trainwright.models.hugging_face.heads import named_scores
+from trainwright.models.hugging_face.proofs import prove_tail
+from trainwright.models.hugging_face.tables import KeptTables
 from trainwright.ops.labelled_rows import labelled_rows
 from trainwright.ops.linear_cross_entropy import LossSums
 
-__all__ = ["HuggingFaceModel", "build_hugging_face"]
+__all__ = ["HuggingFaceModel"]
 
 _BACKENDS = {"auto": None, "sdpa": "sdpa", "reference": "eager"}
 
 
-class HuggingFaceModel(nn.Module):
+class HuggingFaceModel(Arguments, KeptTables):
     """What is mixed into a class of transformers.
 
     Attributes:
@@ -103,7 +93,7 @@ class HuggingFaceModel(nn.Module):
         if not self.__dict__.get("_proven"):
             self.__dict__["_proven"] = True
             prove_tail(self)
-        named = self._inputs(input_ids, position_ids, document_ids, key_mask, token_type_ids)
+        named = self.named_inputs(input_ids, position_ids, document_ids, key_mask, token_type_ids)
         if cache is not None:
             return self._with_cache(named, cache, position_ids)
         if decoder_input_ids is not None:
@@ -128,14 +118,6 @@ class HuggingFaceModel(nn.Module):
             decoder_input_ids=batch.get("decoder_input_ids"),
             decoder_key_mask=batch.get("decoder_key_mask"),
         )
-
-    def key_mask_of(self, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Which tokens of a batch are real, bool [B, T]; None where all are, or a row holds several documents."""
-        mask = batch.get("key_mask")
-        if mask is not None or "lengths" not in batch or "document_ids" in batch:
-            return mask
-        length = batch["input_ids"].shape[1]
-        return torch.arange(length, device=batch["lengths"].device)[None] < batch["lengths"][:, None]
 
     def head_loss(
         self,
@@ -195,10 +177,6 @@ class HuggingFaceModel(nn.Module):
         assert self.task_head is not None
         scores: Tensor = self.task_head(hidden, batch)
         return scores
-
-    def attach(self, spec: HeadSpec, *, seed: int = 0) -> Any:
-        """Put the head that `spec` describes in place of the present one, in place; see `attach_head`."""
-        return swap_head(self, spec, build_hugging_face, seed=seed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits [..., V] for hidden states [..., D]."""
@@ -260,85 +238,6 @@ class HuggingFaceModel(nn.Module):
         # Of the class: who divides the model may have put hooks around the call of the whole, which run already.
         return type(self).forward(self, **named)
 
-    # --- what an encoder-decoder writes ---
-
-    @property
-    def padding_id(self) -> int:
-        """A token that stands where nothing is; which one does not matter, because it is masked."""
-        pad = self.config.values.get("pad_token_id")
-        return 0 if pad is None else int(pad)
-
-    @property
-    def decoder_start_id(self) -> int:
-        """The token before the first that an encoder-decoder writes.
-
-        Raises:
-            ModelError: its configuration names none.
-        """
-        start: int | None = self.config.decoder_start_id
-        if start is None:
-            raise ModelError(
-                f"{type(self).__name__} names no token that a text begins with",
-                hint="set decoder_start_token_id in its config.json",
-            )
-        return start
-
-    def shift_right(self, labels: Tensor) -> Tensor:
-        """decoder_input_ids [B, U] for labels [B, U]: the start token, then all but the last; -100 becomes padding."""
-        shifted = torch.full_like(labels, self.decoder_start_id)
-        shifted[:, 1:] = labels[:, :-1]
-        return torch.where(shifted < 0, self.padding_id, shifted)
-
-    # --- inputs ---
-
-    def _inputs(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        document_ids: Tensor | None,
-        key_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-    ) -> dict[str, Any]:
-        accepted = self.__dict__["accepted"]
-        named: dict[str, Any] = {"input_ids": input_ids}
-        if token_type_ids is not None and "token_type_ids" in accepted:
-            named["token_type_ids"] = token_type_ids
-        if document_ids is not None:
-            packing = self._packing()
-            if position_ids is None:
-                position_ids = positions_in(document_ids)
-            named.update(self.packed(packing, position_ids, document_ids))
-        elif key_mask is not None:
-            named["attention_mask"] = key_mask.long()
-        elif position_ids is not None and "position_ids" in accepted:
-            named["position_ids"] = position_ids.expand(input_ids.shape) + self.__dict__["first_position"]
-        return named
-
-    def packed(self, packing: Packing, position_ids: Tensor, document_ids: Tensor) -> dict[str, Any]:
-        """The arguments that say where documents are."""
-        return packed_inputs(
-            packing,
-            position_ids,
-            document_ids,
-            causal=self.config.kind == "causal_lm",
-            first=self.__dict__["first_position"],
-            dtype=self.head_dtype,
-        )
-
-    @property
-    def head_dtype(self) -> torch.dtype:
-        """The type in which the model computes outside autocast."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    def _packing(self) -> Packing:
-        """How documents of one row are kept apart, proven on two of them once."""
-        if "_packing_found" not in self.__dict__:
-            self.__dict__["_packing_found"] = find_packing(self)
-        found: Packing | str = self.__dict__["_packing_found"]
-        if isinstance(found, str):
-            raise packing_refused(type(self).__name__, found)
-        return found
-
     # --- switches ---
 
     def auxiliary_loss(self, labels: Tensor) -> Tensor | None:
@@ -373,57 +272,6 @@ class HuggingFaceModel(nn.Module):
             yield
         finally:
             self.config = ours
-
-    # --- buffers that no file has ---
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """As torch's, but tables that no file has keep their type: they were made in the type that they need."""
-        before = non_persistent_buffers(self)
-        super()._apply(fn, recurse)
-        for (name, leaf), buffer in before.items():
-            module = self.get_submodule(name)
-            after = module._buffers[leaf]
-            assert after is not None
-            if after.dtype != buffer.dtype:
-                module._buffers[leaf] = buffer.to(after.device)
-        return self
-
-    def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
-        """As torch's, but tables that no file has keep their values."""
-        before = non_persistent_buffers(self)
-        super().to_empty(device=device, recurse=recurse)
-        for (name, leaf), buffer in before.items():
-            self.get_submodule(name)._buffers[leaf] = buffer.to(device)
-        return self
-
-
-def build_hugging_face(config: HuggingFaceConfig) -> Any:
-    """The model of a configuration: parameters on the meta device, tables on the CPU."""
-    model, _ = build_module(config)
-    kind: Any = type(model)
-    model.__dict__["accepted"] = accepted_names(kind)
-    model.__dict__["first_position"] = structure(config).first_position
-    model.__dict__["projection_name"] = _projection_name(model, config)
-    model.__dict__["own_config"], model.config = model.config, config
-    model.__class__ = _mixed_class(kind)
-    if config.head is not None:
-        add_own_head(model, config.head, on_trunk=config.class_kind in TRUNKS)
-    return model
-
-
-def _projection_name(model: Any, config: HuggingFaceConfig) -> str | None:
-    """The module that makes logits, or the scores of a task; None on a bare trunk."""
-    if config.class_kind in TRUNKS:
-        return None
-    if config.head is not None:
-        return head_module_of(model)
-    projection = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is projection), None)
-
-
-@cache
-def _mixed_class(kind: Any) -> Any:
-    return type(kind.__name__, (HuggingFaceModel, kind), {"__module__": kind.__module__})
 
 
 def _stop(hidden: Tensor) -> Tensor:

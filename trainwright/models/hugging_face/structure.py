@@ -18,7 +18,7 @@ from trainwright.models.weights import kept_tensors
 if TYPE_CHECKING:
     from trainwright.models.hugging_face.config import HuggingFaceConfig
 
-__all__ = ["HEAD_PREFIXES", "Structure", "build_module", "non_persistent_buffers", "structure"]
+__all__ = ["HEAD_PREFIXES", "Structure", "build_module", "structure", "trunk_prefix"]
 
 HEAD_PREFIXES = ("task_head_.",)
 """Names of parameters of a head that transformers has no class for begin like this."""
@@ -103,14 +103,10 @@ def _parameters_on_meta() -> Iterator[None]:
         module_class.register_parameter = register
 
 
-def non_persistent_buffers(model: nn.Module) -> dict[tuple[str, str], Tensor]:
-    """(name of the module, name in it) -> buffer that no file has."""
-    return {
-        (name, leaf): module._buffers[leaf]
-        for name, module in model.named_modules()
-        for leaf in module._non_persistent_buffers_set
-        if module._buffers.get(leaf) is not None
-    }
+def trunk_prefix(model: Any) -> str:
+    """What the names of the trunk begin with; empty where the model is its trunk, or has no part of that name."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    return f"{prefix}." if prefix and prefix in dict(model.named_children()) else ""
 
 
 def _ties(model: Any) -> tuple[dict[str, str], dict[str, str]]:
