@@ -1,8 +1,9 @@
 """Readers of csv and tsv, whose first line names the fields.
 
-csv follows RFC 4180: quoted fields may hold commas, line ends and doubled quotes. tsv is one line per row, because real
-tsv files carry stray double quotes that would swallow the lines behind them; a field that is quoted as a whole, as
-pandas and spreadsheets write it, is unquoted.
+csv follows RFC 4180: quoted fields may hold commas, line ends and doubled quotes. Where the first line has no comma its
+semicolons, or else its tabs, stand between the fields, as spreadsheets of many countries write them. tsv is one line
+per row, because real tsv files carry stray double quotes that would swallow the lines behind them; a field that is
+quoted as a whole, as pandas and spreadsheets write it, is unquoted.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _checked_header(names: list[str], shard: Shard, text_field: str | None) -> l
 
 def _csv_records(lines: _LineFeed, shard: Shard, policy: Policy) -> Iterator[tuple[int, list[str]]]:
     """(line on which the record begins, its values)."""
-    reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, delimiter=_delimiter(lines.first()), strict=True)
     while True:
         first = lines.number + 1
         try:
@@ -78,6 +79,11 @@ def _csv_records(lines: _LineFeed, shard: Shard, policy: Policy) -> Iterator[tup
             continue
         if values:
             yield first, values
+
+
+def _delimiter(first_line: str) -> str:
+    """What stands between the fields of a csv file."""
+    return next((mark for mark in ",;\t" if mark in first_line), ",")
 
 
 def _tsv_records(lines: _LineFeed) -> Iterator[tuple[int, list[str]]]:
@@ -111,11 +117,17 @@ class _LineFeed:
 
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
+        self._waiting: tuple[int, str] | None = None
         self.number = 0
+
+    def first(self) -> str:
+        """The first line, before any was taken; "" of an empty file."""
+        self._waiting = next(self._lines, None)
+        return "" if self._waiting is None else self._waiting[1]
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        self.number, line = next(self._lines)
+        (self.number, line), self._waiting = self._waiting or next(self._lines), None
         return line

@@ -124,7 +124,7 @@ class Policy:
     def report(self, kind: str, message: str, *, hint: str | None = None) -> None:
         """Raise DataError under "stop"; count under "skip"."""
         if self.on_error == "stop":
-            advice = hint or "mend the data, or set on_error: skip to leave such parts out and count them"
+            advice = hint or "mend the data, or set data.on_error: skip to leave such parts out and count them"
             raise DataError(message, hint=advice)
         self.problems.add(kind, message)
 

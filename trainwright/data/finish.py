@@ -42,7 +42,7 @@ def finish_dataset(
     if not splits["train"].tokens:
         raise DataError(
             f"the corpus is empty: {_seen(corpus, state)}",
-            hint="check data.source and data.text_field; with on_error: skip, see what was skipped above",
+            hint="check data.source and data.text_field; with data.on_error: skip, see what was skipped above",
         )
     if spec.validation is not None:
         splits["validation"] = _finish_split(folder, "validation", spec, corpus, state)

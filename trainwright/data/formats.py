@@ -52,7 +52,7 @@ def _refuse_nul(data: bytes, offset: int, where: str) -> None:
     if position >= 0:
         raise DamagedFileError(
             f"{where}: binary data (a NUL byte at byte {offset + position}); expected UTF-8 text",
-            hint="leave the file out, or set on_error: skip",
+            hint="leave the file out, or set data.on_error: skip",
         )
 
 
@@ -62,7 +62,7 @@ def _bad_text(where: str, data: bytes, offset: int, error: UnicodeDecodeError, e
     return f"{where}: invalid {name} at byte {offset + error.start} (bytes {found}): {error.reason}"
 
 
-_UTF8_HINT = "convert the file to UTF-8 (iconv -f GB18030 -t UTF-8, for example), or set on_error: skip"
+_UTF8_HINT = "convert the file to UTF-8 (iconv -f GB18030 -t UTF-8, for example), or set data.on_error: skip"
 
 
 def read_text(shard: Shard, policy: Policy) -> Iterator[Row]:

@@ -160,7 +160,7 @@ def _storable(text: str, row: Row, policy: Policy) -> str | None:
 def _report_missing(row: Row, text_field: str, fields: Mapping[str, Any], policy: Policy) -> None:
     names = [str(name) for name in fields]
     message = f"{row.where}: no field {text_field!r}; {fields_seen(text_field, names)}"
-    hint = "set text_field to one of them, or on_error: skip"
+    hint = "set text_field to one of them, or data.on_error: skip"
     if {"messages", "conversations", "instruction"} & set(names):
         hint = "these look like chats or instructions: render them with a chat template, or set text_field"
     policy.report("missing-field", message, hint=hint)

@@ -97,6 +97,19 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, name: str, ending: st
     assert len({document.key for document in documents}) == len(TEXTS)
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_without_commas_is_divided_by_semicolons_or_tabs(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "rows.csv").write_bytes(as_csv(mark))
+    documents = read_all(tmp_path / "rows.csv")
+    assert [document.text for document in documents] == TEXTS
+    assert documents[1].where == f"{tmp_path / 'rows.csv'}:4", "the first text has two lines"
+
+
+def test_a_csv_file_of_one_column_is_not_divided(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("text\na; b\tc\n", encoding="utf-8")
+    assert [document.text for document in read_all(tmp_path / "one.csv")] == ["a; b\tc"]
+
+
 def test_tsv_is_one_line_per_row_and_keeps_stray_quotes(tmp_path: Path) -> None:
     path = tmp_path / "rows.tsv"
     path.write_bytes(b'label\ttext\n1\t"stray quote\n0\t"whole ""field"""\n1\tin"side\n0\t"a\ttab"\r\n')

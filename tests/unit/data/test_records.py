@@ -194,6 +194,12 @@ def test_a_file_of_another_shape_is_named(tmp_path: Path) -> None:
     assert "(messages)" in (caught.value.hint or "")
 
 
+def test_a_label_of_a_text_is_not_taken_for_parts_of_it(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.jsonl", lines({"text": "a fine film", "label": "good"}))
+    with pytest.raises(DataError, match=r"a.jsonl:1: it has text, label; expected .*these columns are labelled"):
+        read(path, "tagged")
+
+
 def test_a_misnamed_column_is_found(tmp_path: Path) -> None:
     path = file(tmp_path, "a.jsonl", lines({"txet": "x", "label": 1}))
     with pytest.raises(DataError, match=r"a.jsonl:1: it has txet, label; expected.*\n.*data.columns: \{text: txet\}"):

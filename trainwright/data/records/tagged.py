@@ -43,7 +43,9 @@ def _in_iob2(tags: Sequence[str], scheme: str, opened: Opened, where: str) -> li
         message = f"tag {tags[at]!r} of word {at + 1} may not stand there in {scheme} (... {around}){more}"
         if opened.policy.on_error == "stop":
             raise Unusable(
-                "tags-repaired", message, "mend them, or set on_error: skip to read them as conlleval does, counted"
+                "tags-repaired",
+                message,
+                "mend them, or set data.on_error: skip to read them as conlleval does, counted",
             )
         opened.note("tags-repaired", f"{where}: {message}")
     return converted
@@ -251,7 +253,8 @@ def _is_spans(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
 
 def _only_text(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
     columns = Columns(_SHAPE, options.columns)
-    return any(columns.has(row, "text") for row in head)
+    marked = any(columns.has(row, "entities") and columns.find(row, "entities") is not None for row in head)
+    return not marked and any(columns.has(row, "text") for row in head)
 
 
 TAGGED: tuple[Format, ...] = (
