@@ -24,13 +24,16 @@ EXCLUSIVE: dict[Path, tuple[str, ...]] = {
 
 SHORT_FORMS: dict[Path, str | None] = {
     ("task",): "name",
+    ("adapter",): "name",
     ("optim", "schedule"): "name",
     ("precision",): "name",
     ("parallel",): None,
     ("parallel", "pipeline"): "stages",
+    ("memory", "recompute"): None,
+    ("checkpoint", "keep_best"): None,
 }
-"""Sections that may be one word or number, and the key that it stands for (None: the word is `auto`, all of it
-decided for you, as in an empty section)."""
+"""Sections that may be one word or number, and the key that it stands for (None: the word stands for no key, and
+gives way to the keys of the section)."""
 
 _OVERRIDE = re.compile(r"(?P<key>[^=\s]+)=(?P<value>.*)", re.DOTALL)
 

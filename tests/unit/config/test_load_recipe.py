@@ -92,6 +92,27 @@ def test_an_override_reaches_into_short_forms() -> None:
     assert loaded.recipe.task.z_loss == 1e-4
 
 
+def test_options_of_a_word_are_given_on_the_command_line() -> None:
+    words = {
+        **small(),
+        "adapter": "dora",
+        "memory": {"recompute": "full"},
+        "checkpoint": {"keep_best": True},
+        "task": "sft",
+    }
+    overrides = [
+        "adapter.rank=4",
+        "adapter.targets=[q_proj]",
+        "memory.recompute.every=2",
+        "checkpoint.keep_best.metric=loss",
+    ]
+    recipe = load_recipe(words, overrides).recipe
+    assert recipe.adapter is not None
+    assert (recipe.adapter.name, recipe.adapter.rank, recipe.adapter.targets) == ("dora", 4, ("q_proj",))
+    assert recipe.to_dict()["memory"]["recompute"] == {"every": 2}
+    assert recipe.to_dict()["checkpoint"]["keep_best"] == {"metric": "loss"}
+
+
 def test_an_override_can_add_and_replace_list_items() -> None:
     loaded = load_recipe_text(SMALL, ["data.source.1=b.txt", "data.source.0=c.txt"])
     assert [source.source for source in loaded.recipe.data.source] == ["c.txt", "b.txt"]
