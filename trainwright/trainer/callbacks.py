@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from trainwright.base.events import emit
+from trainwright.base.metric_names import less_is_better
 from trainwright.base.protocols import StateDict
 from trainwright.tasks.task import Metric, Task
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trainwright.trainer.evaluation import Evaluation
     from trainwright.trainer.run import Run
 
-__all__ = ["Callback", "EarlyStopping", "followed_metric", "less_is_better"]
+__all__ = ["Callback", "EarlyStopping", "followed_metric"]
 
 
 class Callback:
@@ -95,9 +95,6 @@ class EarlyStopping(Callback):
         self.best, self.waited = state["best"], state["waited"]
 
 
-_LESS_IS_BETTER = ("loss", "perplexity", "error", "errors", "mse", "mae", "rmse", "wer", "cer", "ter")
-
-
 def followed_metric(name: str, task: Task, result: Evaluation) -> Metric:
     """The metric that a recipe means by `name`, and whether more of it is better.
 
@@ -112,8 +109,3 @@ def followed_metric(name: str, task: Task, result: Evaluation) -> Metric:
         return own if own.name == "loss" or own.name in result.metrics else Metric()
     result.metric(name)
     return own if own.name == name else Metric(name, higher=not less_is_better(name))
-
-
-def less_is_better(name: str) -> bool:
-    """Whether a metric of this name counts what is wrong: losses and errors, also as a part (`head_loss`)."""
-    return bool(set(re.split(r"[^a-z]+", name.lower())) & set(_LESS_IS_BETTER))

@@ -19,10 +19,11 @@ from typing import Any
 
 from trainwright.base.errors import ConfigError, Interrupted
 from trainwright.base.events import emit
+from trainwright.base.metric_names import less_is_better
 from trainwright.base.text import align_columns
 from trainwright.config import LoadedRecipe, load_recipe
+from trainwright.config.data_section import ValidationFraction, ValidationSources
 from trainwright.monitor import read_history
-from trainwright.trainer.callbacks import less_is_better
 from trainwright.trainer.resume import FREE_TO_CHANGE
 from trainwright.trainer.run_folder import RunFolder, find_run, write_json
 
@@ -171,10 +172,11 @@ def _planned(
         raise ConfigError(f"seeds {chosen}: expected different numbers of at least 0")
     if folds is not None and folds < 2:
         raise ConfigError(f"folds is {folds}, expected at least 2", hint="5 and 10 are usual")
+    shared = [] if folds is None else _validated_on_folds(loaded)
     runs = []
     for seed in chosen or [base]:
         for fold in range(folds) if folds is not None else (None,):
-            own = [f"train.seed={seed}"]
+            own = [f"train.seed={seed}", *shared]
             name = _name(loaded) + (f"-seed{seed}" if chosen else "")
             if fold is not None:
                 name += f"-fold{fold}"
@@ -183,6 +185,25 @@ def _planned(
             folder = find_run(Path(loaded.recipe.run.dir), name, resume="auto")[0]
             runs.append((RepeatedRun(name, str(folder.path), seed, fold), own))
     return runs
+
+
+def _validated_on_folds(loaded: LoadedRecipe) -> list[str]:
+    """Overrides that let the folds take the place of the share of the records that the recipe holds out."""
+    validation = loaded.recipe.data.validation
+    if isinstance(validation, ValidationFraction):
+        if loaded.provenance["data.validation.fraction"].kind != "override":
+            return ["data.validation=auto"]
+        said = f"{{fraction: {validation.fraction:g}}}"
+    elif isinstance(validation, ValidationSources):
+        said = ", ".join(source.source for source in validation.source)
+    elif validation == "auto":
+        return []
+    else:
+        said = validation
+    raise ConfigError(
+        f"folds are parts of data.source, each validated on in its turn, and data.validation is {said}",
+        hint="take it out (data.validation=auto); files that shall be cross-validated too belong in data.source",
+    )
 
 
 def _name(loaded: LoadedRecipe) -> str:

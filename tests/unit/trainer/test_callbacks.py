@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from trainwright.base.errors import ConfigError
+from trainwright.base.metric_names import less_is_better
 from trainwright.comm import ALONE
 from trainwright.config import load_recipe
 from trainwright.tasks.task import Metric
 from trainwright.trainer.best import Best, best_callback
-from trainwright.trainer.callbacks import EarlyStopping, followed_metric, less_is_better
+from trainwright.trainer.callbacks import EarlyStopping, followed_metric
 from trainwright.trainer.evaluation import Evaluation
 
 F1 = Metric("f1", higher=True)

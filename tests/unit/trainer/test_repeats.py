@@ -150,6 +150,31 @@ def test_a_loaded_recipe_can_be_repeated_too(tmp_path: Path) -> None:
     assert train.names == ["情感-seed0"]
 
 
+def test_folds_take_the_place_of_the_share_that_a_recipe_holds_out(tmp_path: Path) -> None:
+    seen: list[tuple[Any, Any]] = []
+
+    class Folds(Trained):
+        def __call__(self, loaded: LoadedRecipe, own: Sequence[str]) -> None:
+            super().__call__(loaded, own)
+            seen.append((loaded.recipe.data.fold, loaded.recipe.data.validation))
+
+    labelled = recipe(tmp_path) | {
+        "model": {"preset": "bert-tiny"},
+        "task": "classification",
+        "data": {"source": "texts.jsonl", "validation": {"fraction": 0.1}},
+    }
+    repeat(labelled, folds=2, train=Folds())
+    assert [(fold.index, fold.of, validation) for fold, validation in seen] == [(0, 2, "auto"), (1, 2, "auto")]
+
+    for said, override in (
+        ("dev.jsonl", "data.validation={source: dev.jsonl}"),
+        (r"\{fraction: 0\.2\}", "data.validation={fraction: 0.2}"),
+        ("none", "data.validation=none"),
+    ):
+        with pytest.raises(ConfigError, match=f"data.validation is {said}"):
+            repeat(labelled, folds=2, overrides=[override], train=Folds())
+
+
 @pytest.mark.parametrize("wrong", [{}, {"seeds": 0}, {"seeds": [1, 1]}, {"folds": 1}, {"seeds": [-1]}])
 def test_nonsense_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
