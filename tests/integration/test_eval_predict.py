@@ -145,13 +145,17 @@ def test_an_exported_checkpoint_knows_its_task(runs: Path, tmp_path: Path, name:
 
 
 def test_what_cannot_be_judged_says_why(runs: Path, trainwright: Run, tmp_path: Path) -> None:
+    questions = str(SAMPLES / "questions.txt")
     for arguments, reason in (
         (("eval", str(tmp_path)), "no finished model"),
         (("eval", str(runs / "conll2003"), "--split", "dev"), "no split 'dev'"),
         (("predict", str(runs / "trec"), str(tmp_path / "none.jsonl")), "none.jsonl"),
         (("predict", str(runs / "trec"), "-", "--device", "gpu"), "no device 'gpu'"),
+        (("eval", "trek"), "Did you mean 'trec'?"),
+        (("predict", "trec", str(tmp_path / "none.jsonl")), "none.jsonl"),
+        (("predict", "trec", questions, "--out", "x", "--to", "conll"), "(labelled) is written as labelled, "),
     ):
-        done = trainwright(*arguments, cwd=runs)
+        done = trainwright(*arguments, "--dir", str(runs), cwd=runs)
         assert done.returncode != 0
         assert reason in done.stderr
         assert "Traceback" not in done.stderr

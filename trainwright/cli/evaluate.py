@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainwright.base.errors import ConfigError
+from trainwright.cli.run_folder import find_run
 
 if TYPE_CHECKING:
     from trainwright.trainer.evaluation import Evaluation
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "predict"]
 
 Model = Annotated[
-    str, typer.Argument(metavar="RUN|MODEL", help="The folder of a finished run, or a model folder that it exported.")
+    str,
+    typer.Argument(metavar="RUN|MODEL", help="A finished run's name or folder, or a model folder that it exported."),
 ]
 Format = Annotated[
     str | None,
@@ -26,6 +28,7 @@ Format = Annotated[
 Rows = Annotated[int, typer.Option("--batch-rows", min=1, help="Rows of one forward pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 Numbers = Annotated[str, typer.Option("--precision", help="fp32 or bf16.")]
+Root = Annotated[Path, typer.Option("--dir", help="Folder of all runs (run.dir of the recipe).")]
 
 
 def evaluate(
@@ -43,13 +46,15 @@ def evaluate(
     batch_rows: Rows = 32,
     device: Device = "auto",
     precision: Numbers = "fp32",
+    root: Root = Path("runs"),
 ) -> None:
     """Judge a finished model: loss, the task's metrics and report."""
+    folder = _folder(model, root)
     from trainwright.trainer.assess import assess
     from trainwright.trainer.report import write_report
     from trainwright.trainer.trained import open_trained
 
-    trained = open_trained(model, device=device, numbers=precision)
+    trained = open_trained(folder, device=device, numbers=precision)
     result = assess(trained, split=split, source=data, format=format, rows=batch_rows, limit=limit)
     if out is not None and result.report is not None:
         write_report(out, Path(data).stem if data else split, result.report, loss=result.loss)
@@ -57,6 +62,11 @@ def evaluate(
         print(json.dumps({"loss": result.loss, "count": result.tokens, **result.metrics}, ensure_ascii=False))
     else:
         print("\n".join(_lines(result)))
+
+
+def _folder(model: str, root: Path) -> Path:
+    """What is meant: a folder as it is, else a run by its name."""
+    return Path(model) if Path(model).is_dir() else find_run(model, root)
 
 
 def _lines(result: Evaluation) -> list[str]:
@@ -80,16 +90,18 @@ def predict(
     batch_rows: Rows = 32,
     device: Device = "auto",
     precision: Numbers = "fp32",
+    root: Root = Path("runs"),
 ) -> None:
     """Write what a finished model predicts, in the task's own format."""
     if out is not None and out.exists():
         raise ConfigError(f"{out} exists already", hint="name a new file; nothing is overwritten")
     if to is not None and out is None:
         raise ConfigError("--to needs a file", hint="give --out FILE")
+    folder = _folder(model, root)
     from trainwright.trainer.predicting import predict_file
     from trainwright.trainer.trained import open_trained
 
-    trained = open_trained(model, device=device, numbers=precision)
+    trained = open_trained(folder, device=device, numbers=precision)
     lines, refused = predict_file(trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin, format=format)
     for line in lines:
         print(line)

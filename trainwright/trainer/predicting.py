@@ -12,6 +12,7 @@ from typing import IO, Any
 from trainwright.base.errors import DataError
 from trainwright.data.examples.encoding import Refusal
 from trainwright.data.records.record import SHAPES, TASK_SHAPES
+from trainwright.data.records.writing import check_writable, write_records
 from trainwright.tasks.labels import place_of
 from trainwright.trainer.assess import predict
 from trainwright.trainer.trained import Trained
@@ -35,8 +36,12 @@ def predict_file(
     why. It has a line that says so, but none in a format of the task.
 
     Raises:
+        ConfigError: `to` is no format of the task.
         DataError: the records cannot be read, or predictions do not fit the format `to`.
     """
+    shape = trained.shape
+    if to is not None and shape is not None:
+        check_writable(shape, to)
     with tempfile.TemporaryDirectory() as folder:
         path = _stored(stdin, Path(folder), trained.section.name) if source == "-" else source
         found = list(predict(trained, path, rows=rows, format="auto" if source == "-" else format))
@@ -46,10 +51,8 @@ def predict_file(
     if to is None:
         _write(out, (_line(prediction) + "\n" for _, prediction in found))
         return [], refused
-    from trainwright.data.records.writing import write_records
-
     whole = [{**record, **prediction} for record, prediction in found if not isinstance(prediction, Refusal)]
-    write_records(whole, out, to)
+    write_records(whole, out, to, shape=shape)
     return [], refused
 
 

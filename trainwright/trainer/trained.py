@@ -52,9 +52,15 @@ class Trained:
     engine: Engine
 
     @property
+    def shape(self) -> str | None:
+        """Of the task's records; None where it learns from running text."""
+        definition = define_task(self.section, self.sequence_length)
+        return None if definition is None else definition.shape
+
+    @property
     def from_records(self) -> bool:
         """Whether the task is made of records."""
-        return define_task(self.section, self.sequence_length) is not None
+        return self.shape is not None
 
 
 def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32") -> Trained:

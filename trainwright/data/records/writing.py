@@ -20,7 +20,7 @@ from trainwright.data.records.formats import CONTAINERS
 from trainwright.data.records.record import SHAPES, Record, Unusable
 from trainwright.data.records.writers import WRITERS, Writer, flat_row
 
-__all__ = ["Written", "write_records"]
+__all__ = ["Written", "check_writable", "write_records"]
 
 _ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
 _ORDER = ("qa", "relation", "tagged", "messages", "pair", "anchors", "labelled", "text")
@@ -110,6 +110,11 @@ def _shape_of(format: str, fields: Mapping[str, Any]) -> str:
         f"a record has {', '.join(fields) or 'nothing'}; expected the keys of one of {', '.join(SHAPES)}",
         hint="name the shape",
     )
+
+
+def check_writable(shape: str, format: str) -> None:
+    """Raises ConfigError where records of the shape are not written in the format; says in which they are."""
+    _writer(shape, format, "")
 
 
 def _writer(shape: str, format: str, path: str) -> tuple[Writer, str]:
