@@ -115,7 +115,7 @@ def _divide_by(degrees: Degrees, ask: Question) -> Divided:
         lambda: rules.choose_batch_tokens(ask.model, data, ask.budget.tokens, ranks=row_ranks, stages=degrees.stages),
     )
     rows = _rows(batch_tokens, data, row_ranks, machine.ranks)
-    steps = _settle_steps(ledger, recipe, ask.budget, rows * data.trained_per_row)
+    steps = _settle_steps(ledger, recipe, ask.budget, rows * data.trained_per_row, data.counted)
     section = recipe.parallel.pipeline
     run = None if section.micro_batches == AUTO or degrees.stages == 1 else int(section.micro_batches)
     micro_rows = _settle_micro_rows(ledger, ask, degrees, rows, row_ranks, run)
@@ -186,10 +186,10 @@ def _rows(batch_tokens: int, data: DataFacts, ranks: int, world: int) -> int:
     return rows
 
 
-def _settle_steps(ledger: Ledger, recipe: Recipe, budget: Budget, trained_per_step: float) -> int:
+def _settle_steps(ledger: Ledger, recipe: Recipe, budget: Budget, trained_per_step: float, counted: str) -> int:
     if budget.steps is not None:
         return budget.steps
-    steps, reason = rules.choose_steps(trained_per_step, tokens=budget.tokens, what=budget.what)
+    steps, reason = rules.choose_steps(trained_per_step, tokens=budget.tokens, what=budget.what, counted=counted)
     for key in ("tokens", "epochs", "time"):
         if getattr(recipe.train, key) is not None:
             ledger.decisions.append(Decision(f"train.{key}", None, "became train.steps"))

@@ -65,6 +65,7 @@ class DataFacts:
         records: True where rows are examples made of records, not stretches of running text.
         learned_share: of the trained tokens that budgets count, those that losses are means over, and that a running
             step counts: all, but of running text under masked language modelling the hidden ones.
+        counted: what is trained, in a word for people: tokens, texts, words, windows, pairs.
     """
 
     train_rows: int
@@ -76,6 +77,7 @@ class DataFacts:
     computed_per_row: float | None = None
     records: bool = False
     learned_share: float = 1.0
+    counted: str = "tokens"
 
     @property
     def computed_per_trained(self) -> float:

@@ -106,21 +106,22 @@ class Plan:
     def describe(self) -> str:
         """What would run and why, in lines for a person."""
         guess = "about " if self.data["estimated"] else ""
+        counted = self.data["counted"]
         prediction = self.prediction
         parts = [f"{kind} {human_bytes(size)}" for kind, size in prediction.memory.items() if kind != "total"]
         lines = [
             f"machine   {self.machine['name']}, {self.machine['cores']} cores,"
             f" {human_bytes(self.machine['memory_bytes'])}; measured matmul peak"
             f" {', '.join(f'{name} {rate / 1e12:.2f} TFLOP/s' for name, rate in self.machine['peak'].items())}",
-            f"data      {guess}{human_count(self.data['train_rows'] * self.data['trained_per_row'])} training tokens in"
+            f"data      {guess}{human_count(self.data['train_rows'] * self.data['trained_per_row'])} training {counted} in"
             f" {self.data['train_rows']:,} rows of {self.data['sequence_length']},"
             f" {guess}{self.data['validation_rows']:,} validation rows, vocabulary {self.data['vocab_size']:,}",
             f"model     {human_count(self.parameters)} parameters,"
-            f" {self.flops_per_token / 1e6:,.0f} MFLOP per trained token",
+            f" {self.flops_per_token / 1e6:,.0f} MFLOP per trained {counted.removesuffix('s')}",
             *([f"trains    {self.trains}"] if self.trains is not None else []),
-            f"run       {self.steps:,} steps x {self.batch_rows} rows = {human_count(self.tokens)} trained tokens",
+            f"run       {self.steps:,} steps x {self.batch_rows} rows = {human_count(self.tokens)} trained {counted}",
             *([f"ranks     {self.layout.describe()}"] if self.layout.world > 1 else []),
-            f"predicted {human_count(prediction.tokens_per_second)} tokens/s,"
+            f"predicted {human_count(prediction.tokens_per_second)} {counted}/s,"
             f" {human_duration(prediction.total_seconds)} of training,"
             f" {human_bytes(prediction.memory['total'])} of memory ({', '.join(parts)})",
             *([f"sends     {self._sent()} per step from each rank"] if prediction.wire else []),

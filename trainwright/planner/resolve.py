@@ -112,7 +112,7 @@ def _token_budget(
         return Budget(round(train.steps * batch * data.trained_per_row / data.sequence_length), "steps", train.steps)
     if train.epochs is not None:
         return Budget(
-            round(train.epochs * data.train_tokens), f"{train.epochs:g} epochs of {data.train_tokens:,} tokens"
+            round(train.epochs * data.train_tokens), f"{train.epochs:g} epochs of {data.train_tokens:,} {data.counted}"
         )
     if train.time is not None:
         seconds = train.time.value
@@ -121,16 +121,16 @@ def _token_budget(
             and rules.choose_compile(machine, eager_seconds=seconds, native=model.native)[0] is True
         )
         rate = machine.ranks * predict_tokens_per_second(model, machine, dtype=dtype, compiled=compiled)
-        return Budget(max(1, round(seconds * rate)), f"{train.time} at a predicted {rate:,.0f} tokens/s")
+        return Budget(max(1, round(seconds * rate)), f"{train.time} at a predicted {rate:,.0f} {data.counted}/s")
     if train.tokens in (None, AUTO) and data.records:
         epochs, reason = rules.choose_epochs(tuning)
         return Budget(
-            round(int(epochs) * data.train_tokens), f"{epochs} epochs, {reason}; {data.train_tokens:,} trained"
+            round(int(epochs) * data.train_tokens), f"{epochs} epochs, {reason}; {data.train_tokens:,} {data.counted}"
         )
     if train.tokens in (None, AUTO):
         tokens, reason = rules.choose_tokens(model, data)
         return Budget(int(tokens), reason)
-    return Budget(int(train.tokens), f"{train.tokens} tokens")
+    return Budget(int(train.tokens), f"{train.tokens} {data.counted}")
 
 
 def _settle_schedule(ledger: Ledger, recipe: Recipe, steps: int, tuning: TuningFacts) -> None:

@@ -124,10 +124,10 @@ def _round_to_even_split(rows: int) -> int:
     return rows if rows <= 8 else 8 * round(rows / 8)
 
 
-def choose_steps(batch_trained_tokens: float, *, tokens: float, what: str) -> Choice:
-    """Optimizer steps that train `tokens` tokens, at least one."""
-    return max(1, math.ceil(tokens / batch_trained_tokens - 1e-9)), (
-        f"{what} / {batch_trained_tokens:,.0f} trained tokens per step"
+def choose_steps(trained_per_step: float, *, tokens: float, what: str, counted: str) -> Choice:
+    """Optimizer steps that train `tokens` tokens (texts, words: `counted`), at least one."""
+    return max(1, math.ceil(tokens / trained_per_step - 1e-9)), (
+        f"{what} / {trained_per_step:,.0f} trained {counted} per step"
     )
 
 

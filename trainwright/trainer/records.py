@@ -105,12 +105,12 @@ def end_session(run: Run, status: str, *, error: str | None = None) -> None:
 
 def _last_words(run: Run, status: str) -> str:
     folder, state, measured = run.folder.path, run.state, run.measured()
-    rate = measured["tokens_per_second"]
+    rate, counted = measured["tokens_per_second"], run.recipe.task.counted
     lines = [
-        f"{status}: {state.step:,} of {run.plan.steps:,} steps, {human_count(state.tokens)} tokens in"
+        f"{status}: {state.step:,} of {run.plan.steps:,} steps, {human_count(state.tokens)} {counted} in"
         f" {human_duration(state.seconds)}"
         + (
-            f", {human_count(rate)} tokens/s (predicted {human_count(run.plan.prediction.tokens_per_second)})"
+            f", {human_count(rate)} {counted}/s (predicted {human_count(run.plan.prediction.tokens_per_second)})"
             if rate
             else ""
         )
@@ -123,6 +123,8 @@ def _last_words(run: Run, status: str) -> str:
             + (f" (baselines on the same tokens: {against})" if against else "")
         )
     lines.append(f"run folder: {folder}")
+    if run.folder.reports.is_dir():
+        lines.append(f"tables, errors and confusion matrices: {run.folder.reports}")
     if status == "finished":
         lines += ["next:", *_next_commands(run)]
     return "\n".join(lines)

@@ -171,7 +171,7 @@ def _data(loaded: LoadedRecipe, tokenizer: str | None, build_data: bool) -> tupl
     if definition is not None:
         wanted = example_spec(section, recipe.task, model_tokenizer=tokenizer)
         examples = build_examples(wanted, definition, section.cache, workers=workers, progress=_BuildNotices())
-        return examples, _example_facts(examples)
+        return examples, _example_facts(examples, recipe.task.counted)
     spec = build_spec(section, model_tokenizer=tokenizer)
     share = recipe.task.mask_share if isinstance(recipe.task, MaskedLMSection) else 1.0
     if not build_data:
@@ -191,7 +191,7 @@ def _text_facts(dataset: TokenDataset) -> DataFacts:
     )
 
 
-def _example_facts(dataset: ExampleDataset) -> DataFacts:
+def _example_facts(dataset: ExampleDataset, counted: str) -> DataFacts:
     train = dataset.facts("train")
     padding = padding_share(dataset, PADDED_TOGETHER)
     return DataFacts(
@@ -202,6 +202,7 @@ def _example_facts(dataset: ExampleDataset) -> DataFacts:
         vocab_size=dataset.vocab_size,
         computed_per_row=train.inputs / train.rows / (1 - padding),
         records=True,
+        counted=counted,
     )
 
 

@@ -52,6 +52,15 @@ def test_fine_tuning_an_encoder() -> None:
     assert values["optim.schedule.warmup"] == "48 steps"
 
 
+def test_the_plan_says_what_is_counted() -> None:
+    text = plan_of(TuningFacts(task="classification"), replace(TEXTS, counted="texts"), epochs=2).describe()
+    assert "8.5k training texts in 8,500 rows" in text
+    assert "MFLOP per trained text\n" in text
+    assert "2 epochs of 8,500 texts / 32 trained texts per step" in text
+    assert "texts/s" in text
+    assert "token" not in text.split("decided")[0]
+
+
 def test_from_scratch_examples_get_more_epochs_and_a_bounded_rate() -> None:
     plan = plan_of(TuningFacts(task="classification", kind="encoder"))
     values = decided(plan)

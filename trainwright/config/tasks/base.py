@@ -26,9 +26,13 @@ TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 
 
 class TaskSection(Section):
-    """How an example becomes a batch and a loss."""
+    """How an example becomes a batch and a loss.
+
+    `counted`: what a loss is the mean over, in a word for people.
+    """
 
     elsewhere: ClassVar[dict[str, str]] = {}
+    counted: ClassVar[str] = "tokens"
 
     name: Annotated[TaskName, Words(TASK_NAMES)] = "causal_lm"
     """What is learnt."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from trainwright.config.fields import Auto, Name, Real, Truth, Whole, Words
 from trainwright.config.tasks.base import TaskSection, TokenTask
@@ -86,6 +86,8 @@ class SummarizationSection(_PairSection):
 
 class EmbeddingSection(TaskSection):
     """Vectors that are near for texts that belong together (InfoNCE, arXiv 1807.03748, with in-batch negatives)."""
+
+    counted: ClassVar[str] = "pairs"
 
     frame: Annotated[Literal["auto", "encoder", "decoder"], Words(("auto", "encoder", "decoder"))] = "auto"
     """What stands around a text: what the tokenizer itself puts there, else [CLS] and [SEP] where it has them (auto).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from trainwright.config.fields import Auto, Listed, Name, Real, Truth, Whole, Words, Written
 from trainwright.config.tasks.base import TaskSection
@@ -56,6 +56,8 @@ class LabelledSection(TaskSection):
 class _Classes(LabelledSection):
     """A task that gives one of several labels to a text."""
 
+    counted: ClassVar[str] = "texts"
+
     labels: Labels = None
     """The labels in their order; null takes those of the training data, sorted."""
     unseen_as: Annotated[str | None, Name((None,), what_it_is="the name of a label")] = None
@@ -102,6 +104,8 @@ class ClassificationSection(_Classes):
 class NERSection(LabelledSection):
     """A tag for every word."""
 
+    counted: ClassVar[str] = "words"
+
     scheme: Annotated[Literal["bio", "bioes"], Words(("bio", "bioes"))] = "bio"
     """Tags that the model learns; bioes tells the last word of an entity, and single words, apart. Files are read and
     predictions written whatever this is."""
@@ -139,6 +143,8 @@ class RelationSection(_Classes):
 
 class QASection(LabelledSection):
     """The span of a text that answers a question."""
+
+    counted: ClassVar[str] = "windows"
 
     doc_stride: Annotated[int | Auto, Whole(("auto",), minimum=1)] = "auto"
     """Tokens of the text after which the next window of a text that is too long begins; auto is half of a window."""
