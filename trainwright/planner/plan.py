@@ -113,8 +113,8 @@ class Plan:
             f"machine   {self.machine['name']}, {self.machine['cores']} cores,"
             f" {human_bytes(self.machine['memory_bytes'])}; measured matmul peak"
             f" {', '.join(f'{name} {rate / 1e12:.2f} TFLOP/s' for name, rate in self.machine['peak'].items())}",
-            f"data      {guess}{human_count(self.data['train_rows'] * self.data['trained_per_row'])} training {counted} in"
-            f" {self.data['train_rows']:,} rows of {self.data['sequence_length']},"
+            f"data      {guess}{human_count(self.data['train_rows'] * self.data['trained_per_row'])} training {counted}"
+            f" in {self.data['train_rows']:,} rows of {self.data['sequence_length']},"
             f" {guess}{self.data['validation_rows']:,} validation rows, vocabulary {self.data['vocab_size']:,}",
             f"model     {human_count(self.parameters)} parameters,"
             f" {self.flops_per_token / 1e6:,.0f} MFLOP per trained {counted.removesuffix('s')}",

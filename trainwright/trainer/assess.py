@@ -109,7 +109,7 @@ def _data(
         if split not in dataset.splits:
             raise ConfigError(
                 f"the run's data has no split {split!r}; it has {', '.join(dataset.splits)}",
-                hint=f"choose one of these ({' or '.join(f'--split {name}' for name in dataset.splits)}), or --data FILE",
+                hint=f"give {', '.join(f'--split {name}' for name in dataset.splits)}, or --data FILE",
             )
         yield dataset, split
         return
