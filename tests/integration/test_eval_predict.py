@@ -73,6 +73,20 @@ def test_predict_answers_line_by_line(runs: Path, trainwright: Run, tmp_path: Pa
         assert sum(line["probability"].values()) == pytest.approx(1, abs=1e-4)
 
 
+def test_lines_of_a_file_are_texts(runs: Path, trainwright: Run, tmp_path: Path) -> None:
+    texts = ["What is a\u2028cat ?", "哪一年？"]  # a line ends at line feeds alone
+    (tmp_path / "texts.txt").write_text("\ufeff" + texts[0] + "\r\n\n" + texts[1], encoding="utf-8")
+    for run in ("trec", "conll2003", "sft-dolly"):
+        done = trainwright("predict", str(runs / run), "texts.txt", "--format", "lines", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        asked = [line["messages"][0]["content"] if run == "sft-dolly" else line["text"] for line in found]
+        assert asked == texts
+    done = trainwright("predict", str(runs / "conll2003"), "texts.txt", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "--format lines" in done.stderr
+
+
 def test_tags_come_back_as_columns(runs: Path, trainwright: Run, tmp_path: Path) -> None:
     source = SAMPLES / "entities.conll"
     arguments = ("predict", str(runs / "conll2003"), str(source), "--out", "tagged.conll", "--to", "conll")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import trainwright.trainer.trainer as trainer_module
-from trainwright.base.errors import Interrupted
+from trainwright.base.errors import ConfigError, Interrupted
 from trainwright.checkpoint import list_checkpoints, load_checkpoint
 from trainwright.config import load_recipe
 from trainwright.monitor import read_history
@@ -34,7 +34,7 @@ def scored(scores: dict[int, float]) -> Iterator[None]:
     real = trainer_module.validate
 
     def validate(run: Any) -> Any:
-        return replace(real(run), metrics={"f1": scores[run.state.step], "accuracy": 0.5})
+        return replace(real(run), metrics={"f1": scores.get(run.state.step, 0.0), "accuracy": 0.5})
 
     trainer_module.validate = validate
     try:
@@ -125,6 +125,14 @@ def test_the_last_weights_are_exported_on_request(tiny: Tiny, tmp_path: Path) ->
     last, _ = load_checkpoint(folder / "checkpoints" / "step-12")
     assert all(torch.equal(tensor, last["engine"]["model"][name]) for name, tensor in weights(folder).items())
     assert [found.step for found in list_checkpoints(folder / "checkpoints")] == [4, 12]
+
+
+def test_a_metric_that_the_task_has_not_is_refused_before_the_first_step(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = recipe_for(tiny, tmp_path, "typo")
+    recipe["checkpoint"]["keep_best"] = {"metric": "f2"}
+    with scored(SCORES), pytest.raises(ConfigError, match=r"no metric is called 'f2' here; .*Did you mean 'f1'"):
+        Trainer(load_recipe(recipe)).fit()
+    assert not list(read_history(tmp_path / "typo" / "metrics.jsonl", "step"))
 
 
 def test_early_stopping_exports_the_weights_before_it_got_worse(tiny: Tiny, tmp_path: Path) -> None:

@@ -56,10 +56,14 @@ def preview(
     from trainwright.data.commands import preview as lines
 
     folder = Path(target)
+    names: tuple[str, ...] = ()
     if overrides or not (folder / "manifest.json").is_file():
-        folder = Path(_build(_load(target, overrides), None, None)[0])
+        loaded = _load(target, overrides)
+        folder = Path(_build(loaded, None, None)[0])
+        names = _label_names(loaded, folder)
     width = max(40, shutil.get_terminal_size().columns - 2)
-    print("\n".join(lines(folder, rows=rows, split=split, seed=seed, color=sys.stdout.isatty(), width=width)))
+    color = sys.stdout.isatty()
+    print("\n".join(lines(folder, rows=rows, split=split, seed=seed, color=color, width=width, names=names)))
 
 
 @app.command()
@@ -82,14 +86,27 @@ def _load(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
     return load_recipe(recipe, overrides or ())
 
 
+def _label_names(loaded: LoadedRecipe, folder: Path) -> tuple[str, ...]:
+    """Names of the classes that labels stand for; () where they stand for something else."""
+    from trainwright.data.examples.dataset import ExampleDataset
+    from trainwright.trainer.task import define_task
+
+    definition = define_task(loaded.recipe.task, loaded.recipe.data.sequence_length)
+    if definition is None:
+        return ()
+    dataset = ExampleDataset.open(folder)
+    head = definition.bind(dataset.survey, dataset.tokenizer()).head
+    classes = head is not None and head.kind in ("sequence", "token", "entities") and head.problem != "regression"
+    return head.labels if head is not None and classes else ()
+
+
 def _build(loaded: LoadedRecipe, out: Path | None, workers: int | None) -> list[str]:
     """Build, and return what `data.commands.build` says: first the folder, then its description."""
     from trainwright.data.commands import build
-    from trainwright.tasks.registry import DEFINITIONS
     from trainwright.trainer.model_section import model_source
+    from trainwright.trainer.task import define_task
 
     recipe = loaded.recipe
-    define = DEFINITIONS.get(recipe.task.name)  # None for a task that learns from running text
-    definition = None if define is None else define(recipe.task, recipe.data.sequence_length)
+    definition = define_task(recipe.task, recipe.data.sequence_length)
     tokenizer = model_source(recipe.model).tokenizer if recipe.data.tokenizer == "auto" else None
     return build(loaded, out=out, workers=workers, model_tokenizer=tokenizer, definition=definition)

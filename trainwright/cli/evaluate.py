@@ -61,7 +61,7 @@ def evaluate(
     if as_json:
         print(json.dumps({"loss": result.loss, "count": result.tokens, **result.metrics}, ensure_ascii=False))
     else:
-        print("\n".join(_lines(result)))
+        print("\n".join(_lines(result, trained.section.counted)))
 
 
 def _folder(model: str, root: Path) -> Path:
@@ -69,12 +69,13 @@ def _folder(model: str, root: Path) -> Path:
     return Path(model) if Path(model).is_dir() else find_run(model, root)
 
 
-def _lines(result: Evaluation) -> list[str]:
+def _lines(result: Evaluation, counted: str) -> list[str]:
     from trainwright.trainer.report import describe_report
 
+    loss = f"loss {result.loss:.4f} over {result.tokens:,} {counted}"
     if result.report is None:
-        return [f"loss {result.loss:.4f} over {result.tokens:,}, perplexity {result.perplexity:.2f}"]
-    return [*describe_report(result.report), "", f"loss {result.loss:.4f} over {result.tokens:,}"]
+        return [f"{loss}, perplexity {result.perplexity:.2f}"]
+    return [*describe_report(result.report), "", loss]
 
 
 def predict(
@@ -83,7 +84,13 @@ def predict(
         str, typer.Argument(metavar="DATA|-", help="Records to predict for, in any format of the task; - is stdin.")
     ],
     out: Annotated[Path | None, typer.Option(help="File to write; standard output by default.")] = None,
-    format: Format = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Format of DATA: lines (one text a line), auto, or a name; by default as the training data was read.",
+        ),
+    ] = None,
     to: Annotated[
         str | None, typer.Option("--to", help="Format of the file, as in `data convert`; JSON lines by default.")
     ] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,7 @@ def preview(
     width: int = 100,
     characters: int = 1200,
     model_tokenizer: str | None = None,
+    names: Sequence[str] = (),
 ) -> list[str]:
     """The first rows that training would draw, decoded, with the trained tokens marked.
 
@@ -129,13 +130,21 @@ def preview(
         color: trained text in green and context dim; False marks trained text with « ».
         width: cells of a line; Chinese characters take two.
         characters: how much of each row is shown.
+        names: of labels that stand for classes, in order.
     """
     from trainwright.data.tokenizers import load_tokenizer
 
     if isinstance(target, (str, Path)):
         if is_examples(Path(target)):
             return preview_examples(
-                target, rows=rows, split=split, seed=seed, color=color, width=width, characters=characters
+                target,
+                rows=rows,
+                split=split,
+                seed=seed,
+                color=color,
+                width=width,
+                characters=characters,
+                names=names,
             )
         dataset = TokenDataset.open(target)
     else:

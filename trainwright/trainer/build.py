@@ -219,6 +219,12 @@ def _values(settled: Settled) -> Values:
         for note in pretrained.notes:
             emit("notice", message=note)
         return pretrained.value
+    if settled.loaded.recipe.adapter is not None:
+        emit(
+            "warning",
+            message="the model starts at random, and what adapters stand beside stays as it is",
+            hint="name a trained model with model.path or model.hf, or leave adapter out",
+        )
     return initial_values(settled.model_config, seed)
 
 

@@ -124,7 +124,7 @@ def _last_words(run: Run, status: str) -> str:
         )
     lines.append(f"run folder: {folder}")
     if run.folder.reports.is_dir():
-        lines.append(f"tables, errors and confusion matrices: {run.folder.reports}")
+        lines.append(f"tables and errors: {run.folder.reports}")
     if status == "finished":
         lines += ["next:", *_next_commands(run)]
     return "\n".join(lines)

@@ -24,9 +24,9 @@ from trainwright.base.seeds import derive_seed
 from trainwright.config import LoadedRecipe, load_recipe
 from trainwright.engine import StepReport
 from trainwright.monitor import Monitor
-from trainwright.trainer.best import take_best_weights
+from trainwright.trainer.best import Best, take_best_weights
 from trainwright.trainer.build import build
-from trainwright.trainer.callbacks import Callback
+from trainwright.trainer.callbacks import Callback, EarlyStopping, followed_metric
 from trainwright.trainer.evaluation import Evaluation
 from trainwright.trainer.export import export_model
 from trainwright.trainer.ranks import agree_on_due, due_together, join_ranks
@@ -127,6 +127,7 @@ class Trainer:
     def _train(self, run: Run, stop: StopRequest) -> None:
         state, plan = run.state, run.plan
         run.start()
+        self._refuse_unknown_metrics(run)
         while state.step < plan.steps and run.stop_reason is None:
             run.beat("step")
             began = time.perf_counter()
@@ -159,6 +160,16 @@ class Trainer:
                 )
             if (due.save or run.save_wanted) and state.step < plan.steps:
                 run.save()
+
+    def _refuse_unknown_metrics(self, run: Run) -> None:
+        """Metrics that the recipe names must be the task's: known by an evaluation before the first step, not after
+        hours."""
+        named = {callback.metric for callback in run.callbacks if isinstance(callback, EarlyStopping | Best)}
+        named -= {"auto", "loss"}
+        if named and run.state.step == 0 and run.validation_rows:
+            result = validate(run)
+            for name in sorted(named):
+                followed_metric(name, run.task, result)
 
     def _step(self, run: Run, batch: Mapping[str, torch.Tensor]) -> StepReport:
         """Forward and backward over the micro-batches of one batch, then one optimizer step."""

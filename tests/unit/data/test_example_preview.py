@@ -14,7 +14,7 @@ from tiny_examples import Tiny, build, pairs
 from trainwright.base.errors import DataError
 from trainwright.data import commands
 from trainwright.data.examples.checks import check_trainable
-from trainwright.data.examples.preview import describe_examples
+from trainwright.data.examples.preview import _shortened, describe_examples
 from trainwright.data.examples.texts import record_texts
 from trainwright.data.marking import marked_lines, marked_runs
 from trainwright.data.spec import TrainTokenizer
@@ -34,6 +34,15 @@ def test_trained_tokens_are_marked(tmp_path: Path) -> None:
     assert "records.jsonl:2" in text
     colored = "\n".join(commands.preview(dataset.folder, rows=2, color=True))
     assert "\x1b[2mhello \x1b[0m\x1b[32mworld<|endoftext|>\x1b[0m" in colored
+
+
+def test_classes_are_shown_by_name() -> None:
+    tags = np.array([-100, 1, 2, 0, 0, -100], dtype=np.int64)
+    assert _shortened(tags, 5, ("O", "B-人", "I-人")) == ". B-人 I-人 O O"
+    assert _shortened(tags, 5, ()) == ". 1 2 2x0"
+    assert _shortened(np.asarray(1), 9, ("坏", "好")) == "好"
+    assert _shortened(np.array([1.0, 0.0, 1.0], dtype=np.float32), 9, ("a", "b", "c")) == "a, c"
+    assert _shortened(np.array([0.0, 0.0], dtype=np.float32), 9, ("a", "b")) == "none"
 
 
 def test_packed_rows_show_their_examples_one_by_one(tmp_path: Path) -> None:

@@ -352,6 +352,17 @@ def test_lines_that_cannot_be_read_keep_their_place_in_parallel_files(tmp_path: 
 # ---- anchors
 
 
+def test_texts_alone_are_anchors_to_predict_on(tmp_path: Path) -> None:
+    path = file(tmp_path, "a.jsonl", lines({"text": "猫", "id": 3}, {"text": "dog"}))
+    assert read(path, "anchors") == [{"anchor": "猫", "id": "3"}, {"anchor": "dog"}]
+    assert read(file(tmp_path, "b.jsonl", lines({"query": "a"})), "anchors") == [{"anchor": "a"}]
+    path = file(tmp_path, "c.jsonl", lines({"body": "a"}))
+    assert read(path, "anchors", columns={"anchor": "body"}) == [{"anchor": "a"}]
+    path = file(tmp_path, "d.jsonl", lines({"anchor": "a", "postive": "b"}))
+    with pytest.raises(DataError, match=r"it has anchor, postive; expected .*\n.*positive: postive"):
+        read(path, "anchors")
+
+
 def test_anchors_with_negatives_of_every_style(tmp_path: Path) -> None:
     path = file(
         tmp_path,

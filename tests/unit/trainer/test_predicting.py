@@ -12,6 +12,7 @@ import pytest
 
 from trainwright.base.errors import DataError
 from trainwright.data.examples.encoding import Refusal
+from trainwright.data.records.record import TASK_SHAPES
 from trainwright.trainer import predicting
 
 
@@ -25,7 +26,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, task: str, text: str, **options: Any) 
             yield {"where": f"in:{number + 1}"}, Refusal("it is odd", None) if number % 2 else {"label": line[:1]}
 
     monkeypatch.setattr(predicting, "predict", predict)
-    trained: Any = SimpleNamespace(section=SimpleNamespace(name=task))
+    trained: Any = SimpleNamespace(section=SimpleNamespace(name=task), shape=TASK_SHAPES[task])
     given = {"out": None, "to": None, "rows": 4, "stdin": io.StringIO(text), **options}
     return arrived, predicting.predict_file(trained, "-", **given)
 
@@ -36,6 +37,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, task: str, text: str, **options: Any) 
         ("classification", {"text": "哪年 ?"}),
         ("ner", {"text": "哪年 ?"}),
         ("translation", {"source": "哪年 ?"}),
+        ("embedding", {"anchor": "哪年 ?"}),
         ("sft", {"messages": [{"role": "user", "content": "哪年 ?"}]}),
     ],
 )
@@ -44,7 +46,7 @@ def test_a_line_of_text_is_what_the_task_reads(monkeypatch: pytest.MonkeyPatch, 
     assert arrived == [record]
 
 
-@pytest.mark.parametrize("task", ["qa", "relation", "embedding"])
+@pytest.mark.parametrize("task", ["qa", "relation"])
 def test_a_line_of_text_that_is_no_record_says_what_is(monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     with pytest.raises(DataError, match=f"the task {task} reads") as caught:
         seen(monkeypatch, task, "Who ?\n")
@@ -69,3 +71,26 @@ def test_what_cannot_be_used_has_a_line_and_a_reason(monkeypatch: pytest.MonkeyP
 def test_nothing_on_standard_input_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="standard input is empty"):
         seen(monkeypatch, "ner", "\n")
+
+
+def test_a_file_of_lines_is_read_as_texts_and_a_txt_file_is_told_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "新.txt"
+    path.write_text("\ufeff你好\n\nHello\n", encoding="utf-8")
+    arrived: list[Any] = []
+
+    def predict(trained: Any, source: str, **_: Any) -> Any:
+        if source.endswith(".txt"):
+            raise DataError("no known format")
+        arrived.extend(map(json.loads, Path(source).read_text(encoding="utf-8").split("\n")[:-1]))
+        yield from ({"label": "x"} for _ in ())
+
+    monkeypatch.setattr(predicting, "predict", predict)
+    trained: Any = SimpleNamespace(section=SimpleNamespace(name="classification"), shape="labelled")
+    given: dict[str, Any] = {"out": None, "to": None, "rows": 4, "stdin": io.StringIO()}
+    predicting.predict_file(trained, str(path), format=predicting.LINES, **given)
+    assert arrived == [{"text": "你好"}, {"text": "Hello"}]
+    with pytest.raises(DataError) as caught:
+        predicting.predict_file(trained, str(path), **given)
+    assert "--format lines" in str(caught.value.hint)

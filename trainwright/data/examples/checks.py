@@ -66,7 +66,8 @@ def check_trainable(dataset: ExampleDataset, split: str = "train") -> None:
         raise DataError(
             f"{_names(dataset, facts)} is never trained: a model of these examples would not learn to stop",
             hint="the template must write the end of a turn inside what is trained; longer answers may have been cut "
-            "off (raise data.sequence_length). `trainwright data preview RECIPE` shows the trained tokens",
+            "off (raise data.sequence_length); records of bare text have no turns (task: causal_lm learns from these). "
+            "`trainwright data preview RECIPE` shows the trained tokens",
         )
 
 

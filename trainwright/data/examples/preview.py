@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +145,7 @@ def preview_examples(
     color: bool = False,
     width: int = 100,
     characters: int = 1200,
+    names: Sequence[str] = (),
 ) -> list[str]:
     """The counts of a split, and the first rows that training would draw of it, as text.
 
@@ -152,6 +153,7 @@ def preview_examples(
         color: trained text in green and context dim; False marks trained text with « ».
         width: cells of a line; Chinese characters take two.
         characters: how much of each example is shown.
+        names: of labels that stand for classes, in order; labels are shown as numbers without.
     """
     dataset = ExampleDataset.open(folder)
     tokenizer = dataset.tokenizer()
@@ -162,7 +164,8 @@ def preview_examples(
     if any(_is_next_token(dataset.row(split, row)) or _is_target(dataset.row(split, row)) for _, row in drawn):
         lines.append(legend(color))
     for draw, row in drawn:
-        lines += _preview_row(dataset, split, row, tokenizer, f"draw {draw}: row {row}", color, width, characters)
+        title = f"draw {draw}: row {row}"
+        lines += _preview_row(dataset, split, row, tokenizer, title, color, width, characters, names)
     try:
         check_trainable(dataset, split)
     except DataError as error:
@@ -179,6 +182,7 @@ def _preview_row(
     color: bool,
     width: int,
     characters: int,
+    names: Sequence[str],
 ) -> Iterator[str]:
     row = dataset.row(split, number)
     slots, used = len(row["input_ids"]), int(row["lengths"])
@@ -200,7 +204,7 @@ def _preview_row(
         yield "  ->"
         yield from marked_lines(runs, color, width, characters)
     elif not _is_next_token(row):
-        yield f"  labels: {_shortened(row['labels'], used)}"
+        yield f"  labels: {_shortened(row['labels'], used, names)}"
         yield from marked_lines([(_record_text(records[0]), False)], False, width, characters // 3)
 
 
@@ -226,14 +230,19 @@ def _runs(row: Mapping[str, NDArray[Any]], start: int, stop: int, tokenizer: Tok
     return marked_runs(tokenizer, ids, trained)
 
 
-def _shortened(labels: NDArray[Any], used: int) -> str:
-    """Labels as text: equal neighbours counted, what is not trained as a dot."""
+def _shortened(labels: NDArray[Any], used: int, names: Sequence[str]) -> str:
+    """Labels as text: the names of classes, or numbers with equal neighbours counted; what is not trained is a dot."""
     flat = np.atleast_1d(labels).ravel()
+    if names and labels.dtype.kind == "f":  # one number for every class
+        return ", ".join(name for name, value in zip(names, flat, strict=True) if value == 1) or "none"
     values = flat[:used].tolist() if labels.ndim == 1 else flat.tolist()
-    parts = []
-    for value, same in itertools.groupby("." if one == IGNORE or one != one else f"{one:g}" for one in values):
-        count = len(list(same))
-        parts.append(value if count == 1 else f"{count}x{value}")
+    if names:
+        parts = ["." if value == IGNORE else visible(names[int(value)]) for value in values]
+    else:
+        parts = []
+        for value, same in itertools.groupby("." if one == IGNORE or one != one else f"{one:g}" for one in values):
+            count = len(list(same))
+            parts.append(value if count == 1 else f"{count}x{value}")
     return " ".join(parts[:60]) + (" ..." if len(parts) > 60 else "")
 
 

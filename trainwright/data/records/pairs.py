@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainwright.data.records.columns import ABSENT, Columns, as_text, describe
-from trainwright.data.records.opened import Format, Opened
+from trainwright.data.records.opened import Format, Opened, Options
 from trainwright.data.records.record import SHAPES, Record, Unusable
 from trainwright.data.records.tables import cells_as_fields, looks_like_rows
 
@@ -115,6 +115,27 @@ def _anchors_from_cells(opened: Opened) -> Iterator[Record]:
             opened.report(opened.where(line), error)
 
 
+_ALONE = ("text", *_ANCHORS.columns["anchor"])
+
+
+def _is_alone(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
+    """Rows of a text and perhaps its id: a further column may be a positive by a name that is not known."""
+    known = {*_ALONE, *_ANCHORS.columns["id"], str(options.columns.get("anchor", "text"))}
+    return all({str(name).lower() for name in row} <= known for row in head)
+
+
+def _alone(opened: Opened) -> Iterator[Record]:
+    columns = Columns(_ANCHORS, opened.options.columns)
+
+    def convert(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+        anchor = as_text(columns.need(row, "anchor", _ALONE), "anchor")
+        if not anchor.strip():
+            raise Unusable("empty-side", "the anchor is empty; expected a text")
+        return [{"anchor": anchor, **columns.extras(row)}]
+
+    yield from opened.read_each(convert)
+
+
 PAIRS: tuple[Format, ...] = (
     Format(
         "pair",
@@ -143,6 +164,7 @@ ANCHORS: tuple[Format, ...] = (
         looks_like_rows(_ANCHORS, "anchor", "positive"),
         _anchors_from_rows,
     ),
+    Format("anchor_text", "rows", "text (or anchor) alone, to predict on", ("text",), _is_alone, _alone),
     Format(
         "anchors_table",
         "cells",

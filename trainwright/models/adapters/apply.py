@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.base.errors import ModelError
+from trainwright.base.text import human_bytes
 from trainwright.models.adapters.linear import NF4_LEAVES, AdaptedLinear
 from trainwright.models.adapters.nf4 import BLOCK, NF4, nf4_bytes
 from trainwright.models.adapters.options import AdapterOptions, Base
@@ -92,8 +93,9 @@ class AdapterReport:
 
     def __str__(self) -> str:
         options = self.options
-        whole = f", {len(self.extra)} parameters as they are" if self.extra else ""
-        held = f"; their frozen weights take {self.base_bytes / 2**20:.1f} MiB"
+        number = len(self.extra)
+        whole = f", {number} parameter{'s' * (number != 1)} as they are" if number else ""
+        held = f"; their frozen weights take {human_bytes(self.base_bytes)}"
         if self.options.base == "nf4":
             held += f" in 4 bits, {self.base_bytes / self.base_bytes_bf16:.2f} of bf16"
         return (
