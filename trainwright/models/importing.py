@@ -33,9 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(
-            f"no {path.name} in {path.parent}", hint="a Hugging Face model folder with config.json was expected"
-        ) from None
+        raise ModelError(f"no {path.name} in {path.parent}", hint=f"give a folder that holds {path.name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}", hint="download or save the folder again") from error
     if not isinstance(values, dict):

@@ -179,11 +179,7 @@ def predict(
         ConfigError: the task predicts nothing (a language model writes: `trainwright generate`).
         DataError: the records cannot be read, or there are none.
     """
-    if not trained.from_records:
-        raise ConfigError(
-            f"the task {trained.section.name} predicts nothing of records",
-            hint="`trainwright generate` goes on from a text; `trainwright eval` gives the loss",
-        )
+    trained.records_shape()
     definition = _definition(trained)
     task: Any = definition.bind(trained.survey, trained.tokenizer)
     if writes(task):

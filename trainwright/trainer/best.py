@@ -38,6 +38,7 @@ class Best(Callback):
     Attributes:
         followed: name of the metric that `value` is of; "" before the first evaluation.
         value, step: the best so far and where it was seen; step is -1 before the first.
+        loss: of the same evaluation; of equal values the one of less loss is better.
     """
 
     name = "best"
@@ -48,6 +49,7 @@ class Best(Callback):
         self.exports = exports
         self.followed = ""
         self.value = 0.0
+        self.loss = math.inf
         self.step = -1
         self._kept: list[int] = []
 
@@ -71,9 +73,10 @@ class Best(Callback):
         if metric.name != self.followed:
             self.followed, self.step = metric.name, -1
         better = self.step < 0 or (value > self.value if metric.higher else value < self.value)
+        better |= value == self.value and result.loss < self.loss
         if not better or math.isnan(value):
             return
-        self.value, self.step = value, run.state.step
+        self.value, self.loss, self.step = value, result.loss, run.state.step
         if self.keep:
             self._protect(run, self.step)
             run.save_wanted = True
@@ -100,10 +103,11 @@ class Best(Callback):
             self._kept = self._kept[-1:]
 
     def state_dict(self) -> StateDict:
-        return {"metric": self.followed, "value": self.value, "step": self.step}
+        return {"metric": self.followed, "value": self.value, "loss": self.loss, "step": self.step}
 
     def load_state_dict(self, state: StateDict) -> None:
         self.followed, self.value, self.step = state["metric"], state["value"], state["step"]
+        self.loss = state.get("loss", -math.inf)  # older checkpoints know of the value alone: the first stays
 
 
 def best_callback(recipe: Recipe, task: Task, *, validated: bool) -> Best:

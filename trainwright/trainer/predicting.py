@@ -45,8 +45,8 @@ def predict_file(
         ConfigError: `to` is no format of the task.
         DataError: the records cannot be read, or predictions do not fit the format `to`.
     """
-    shape = trained.shape
-    if to is not None and shape is not None:
+    shape = trained.records_shape()
+    if to is not None:
         check_writable(shape, to)
     with tempfile.TemporaryDirectory() as folder:
         path = source

@@ -19,9 +19,7 @@ from trainwright.base.protocols import StateDict
 from trainwright.checkpoint import Checkpointer
 from trainwright.comm import Ranks
 from trainwright.config import LoadedRecipe, Recipe
-from trainwright.data import Loader, Tokenizer, evaluation_batches, evaluation_rows, fit_and_score
-from trainwright.data.examples.checks import check_answered, check_trainable
-from trainwright.data.examples.dataset import ExampleDataset
+from trainwright.data import Loader, TokenDataset, Tokenizer, evaluation_batches, evaluation_rows, fit_and_score
 from trainwright.engine import Engine
 from trainwright.launch import Heartbeat
 from trainwright.models.adapters import adapter_report
@@ -93,10 +91,7 @@ class Run:
     def start(self) -> None:
         """Count the baselines, allocate and start what runs beside the loop; called once, after a restore."""
         dataset = self.dataset
-        if isinstance(dataset, ExampleDataset):
-            check_trainable(dataset)
-            check_answered(dataset)
-        elif self.validation_rows and self.task.name == "causal_lm":
+        if isinstance(dataset, TokenDataset) and self.validation_rows and self.task.name == "causal_lm":
             rows = evaluation_rows(dataset, limit_rows=self.validation_rows)
             self.baselines = first_decides(self.ranks, lambda: fit_and_score(dataset, rows=rows).to_dict())
         self.checkpointer.prepare(self.state_dict())

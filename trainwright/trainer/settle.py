@@ -15,7 +15,7 @@ from trainwright.config import LoadedRecipe, Recipe
 from trainwright.config.tasks import MaskedLMSection
 from trainwright.data import BuildProgress, TokenDataset, build_spec, load_tokenizer, prepare_dataset
 from trainwright.data.examples.build import build_examples
-from trainwright.data.examples.checks import padding_share
+from trainwright.data.examples.checks import check_answered, check_trainable, padding_share
 from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.data.examples.spec import example_spec
 from trainwright.models import ModelConfig
@@ -171,6 +171,8 @@ def _data(loaded: LoadedRecipe, tokenizer: str | None, build_data: bool) -> tupl
     if definition is not None:
         wanted = example_spec(section, recipe.task, model_tokenizer=tokenizer)
         examples = build_examples(wanted, definition, section.cache, workers=workers, progress=_BuildNotices())
+        check_trainable(examples)
+        check_answered(examples)
         return examples, _example_facts(examples, recipe.task.counted)
     spec = build_spec(section, model_tokenizer=tokenizer)
     share = recipe.task.mask_share if isinstance(recipe.task, MaskedLMSection) else 1.0

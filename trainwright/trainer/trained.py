@@ -57,6 +57,19 @@ class Trained:
         definition = define_task(self.section, self.sequence_length)
         return None if definition is None else definition.shape
 
+    def records_shape(self) -> str:
+        """`shape` of a task that predicts something of records.
+
+        Raises:
+            ConfigError: it does not (a language model writes: `trainwright generate`).
+        """
+        if self.shape is None:
+            raise ConfigError(
+                f"the task {self.section.name} predicts nothing of records",
+                hint="`trainwright generate` goes on from a text; `trainwright eval` gives the loss",
+            )
+        return self.shape
+
     @property
     def from_records(self) -> bool:
         """Whether the task is made of records."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +179,14 @@ def test_the_best_is_known_after_a_resume_and_protected_again(tmp_path: Path) ->
     assert again.checkpointer.protected == {4}
     evaluated(again, second, 8, f1=0.45)
     assert second.step == 4
+
+
+def test_of_equal_values_the_one_of_less_loss_is_the_best(tmp_path: Path) -> None:
+    run, best = run_of(tmp_path), Best()
+    for step, f1, loss in ((4, 0.0, 2.0), (8, 0.0, 1.5), (12, 0.0, 1.6), (16, 0.0, math.nan), (20, 0.5, 9.0)):
+        run.state.step = step
+        best.on_evaluation(run, Evaluation(loss, 10, {"f1": f1}))
+        assert best.step == {4: 4, 20: 20}.get(step, 8)
 
 
 def test_a_best_checkpoint_that_is_gone_is_looked_for_anew(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, task: str, text: str, **options: Any) 
             yield {"where": f"in:{number + 1}"}, Refusal("it is odd", None) if number % 2 else {"label": line[:1]}
 
     monkeypatch.setattr(predicting, "predict", predict)
-    trained: Any = SimpleNamespace(section=SimpleNamespace(name=task), shape=TASK_SHAPES[task])
+    trained: Any = SimpleNamespace(section=SimpleNamespace(name=task), records_shape=lambda: TASK_SHAPES[task])
     given = {"out": None, "to": None, "rows": 4, "stdin": io.StringIO(text), **options}
     return arrived, predicting.predict_file(trained, "-", **given)
 
@@ -87,7 +87,7 @@ def test_a_file_of_lines_is_read_as_texts_and_a_txt_file_is_told_of_it(
         yield from ({"label": "x"} for _ in ())
 
     monkeypatch.setattr(predicting, "predict", predict)
-    trained: Any = SimpleNamespace(section=SimpleNamespace(name="classification"), shape="labelled")
+    trained: Any = SimpleNamespace(section=SimpleNamespace(name="classification"), records_shape=lambda: "labelled")
     given: dict[str, Any] = {"out": None, "to": None, "rows": 4, "stdin": io.StringIO()}
     predicting.predict_file(trained, str(path), format=predicting.LINES, **given)
     assert arrived == [{"text": "你好"}, {"text": "Hello"}]

@@ -104,7 +104,9 @@ def _sentences(opened: Opened) -> Iterator[_Sentence]:
         if len(cells) != width or not -width <= max(tag_place, token_place, key=abs) < width or width < 2:
             seen = f"{len(cells)} columns ({line!r:.60}); expected {max(width, 2)}, as in the lines before"
             if width < 2 or len(cells) == width:
-                seen = f"{len(cells)} columns ({line!r:.60}); expected a word and its tag in columns"
+                tag = "the last one" if tag_place == -1 else f"column {tag_place}"
+                expected = f"a word in column {token_place} (counted from 0) and its tag in {tag}"
+                seen = f"{len(cells)} columns ({line!r:.60}); expected {expected}"
             error = Unusable("wrong-field-count", seen, "one word a line, its columns parted by a tab or spaces")
             opened.report(opened.where(number), error)
             broken = True
