@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -163,8 +164,10 @@ def config_from_dict(values: Mapping[str, Any], *, native: bool = True) -> Model
             return dataclasses.replace(config, head=head_from_hf(values))
     if is_known(model_type):
         return HuggingFaceConfig.from_hf(values)
-    known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
-    raise ModelError(f"unknown architecture: model_type={model_type!r}", hint=f"known: {known}")
+    hint = f"known: {', '.join(name for family in FAMILIES.values() for name in family.model_types)}"
+    if importlib.util.find_spec("transformers") is None:
+        hint += "; with transformers all that it knows: pip install 'trainwright[transformers]'"
+    raise ModelError(f"unknown architecture: model_type={model_type!r}", hint=hint)
 
 
 def build_model(

@@ -91,7 +91,7 @@ class SFT:
         self.tokenizer = self.chat.tokenizer
         self.encoder: ExampleEncoder = ChatEncoder(self.chat, max_length, train_on=section.train_on, long=section.long)
         self.compiled = False
-        if section.name == "dialogue":
+        if section.name == "dialogue" or section.overlap is True:
             require_packages()
 
     # ---- training

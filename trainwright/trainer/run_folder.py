@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from trainwright.base.errors import ConfigError
+from trainwright.checkpoint.lock import LOCK_NAME
 
 __all__ = ["RunFolder", "environment", "find_run", "write_json"]
 
@@ -119,7 +120,8 @@ def find_run(root: Path, name: str, *, resume: str) -> tuple[RunFolder, bool]:
 
     Args:
         root: folder of all runs.
-        name: name of the run; a second run of the same name gets `NAME-2`, a third `NAME-3`.
+        name: name of the run; a second run of the same name gets `NAME-2`, a third `NAME-3`. A folder of a run that
+            never began is taken.
         resume: "never" for a fresh folder; "auto" for the newest folder of that name, or a fresh one when there
             is none; or the path of a run folder, which must exist.
     """
@@ -136,12 +138,17 @@ def find_run(root: Path, name: str, *, resume: str) -> tuple[RunFolder, bool]:
     while (path := root / (name if number == 1 else f"{name}-{number}")).exists():
         if (path / "run.json").exists():
             newest = RunFolder(path)
-        elif not any(path.iterdir()):
+        elif _is_unused(path):
             break
         number += 1
     if resume == "auto" and newest is not None:
         return newest, True
     return RunFolder(path), False
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether nothing was written there: a run that was refused before it began leaves an empty lock file."""
+    return all(entry.name == LOCK_NAME and entry.stat().st_size == 0 for entry in path.iterdir())
 
 
 def environment(repository: Path | None = None) -> dict[str, Any]:
