@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -95,7 +94,7 @@ def settle(
     earlier = source.decisions(model_config, data.vocab_size)
     if recipe.model.attention == "auto" and model_config.family != "transformers":  # which chooses for itself
         masked = dataset is not None and dataset.has_document_ids
-        earlier += (_attention(machine.kind, data.sequence_length, masked, model_config.layer_windows()),)
+        earlier += (_attention(machine.kind, data.sequence_length, masked, model_config),)
     plan = plan.with_decisions(earlier)
     emit("plan", text=plan.describe(), plan=plan.to_dict())
     return Settled(
@@ -208,8 +207,11 @@ def _example_facts(dataset: ExampleDataset, counted: str) -> DataFacts:
     )
 
 
-def _attention(kind: str, length: int, documents: bool, windows: Sequence[int | None]) -> Decision:
+def _attention(device: str, length: int, documents: bool, config: ModelConfig) -> Decision:
     """The backend for training's shape, by the rule of `choose_backend`; layers of one model all take the same."""
-    window = min((window for window in windows if window is not None and window < length), default=None)
-    choice = choose_backend(kind, query_length=length, key_length=length, documents=documents, window=window)
+    window = min((window for window in config.layer_windows() if window is not None and window < length), default=None)
+    causal = reading_of(config) == "decoder"
+    choice = choose_backend(
+        device, query_length=length, key_length=length, causal=causal, documents=documents, window=window
+    )
     return Decision("model.attention", choice.name, choice.reason)

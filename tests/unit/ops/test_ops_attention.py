@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainwright.base.errors import ModelError
-from trainwright.ops.attention import attention, attention_backend_reason, attention_reference, blocked, choose_backend
+from trainwright.ops.attention import attention, attention_reference, blocked, choose_backend
 from trainwright.ops.attention.blocked import KEEP_WEIGHTS_UP_TO, blocked_attention
 
 TRAINING_BACKENDS = ("blocked", "grouped", "sdpa")
@@ -182,7 +182,7 @@ def test_the_choice_follows_its_rule_and_says_why() -> None:
     assert name("cuda", 1024, 1024) == "sdpa"
     assert name("cuda", 1024, 1024, documents=True) == name("cuda", 1024, 1024, window=128) == "flex"
     assert name("cuda", 1, 1024, window=128) == "sdpa"
-    assert "documents" in attention_backend_reason("cpu", 512, documents=True)
+    assert "documents" in choose_backend("cpu", query_length=512, key_length=512, documents=True).reason
 
 
 @pytest.mark.parametrize(

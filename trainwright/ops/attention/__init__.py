@@ -11,7 +11,6 @@ from trainwright.ops.attention.blocked import blocked_attention
 from trainwright.ops.attention.choose import (
     BACKENDS,
     BackendChoice,
-    attention_backend_reason,
     check_backend,
     choose_backend,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "BackendChoice",
     "DroppedWeights",
     "attention",
-    "attention_backend_reason",
     "attention_part",
     "attention_part_backward",
     "attention_reference",

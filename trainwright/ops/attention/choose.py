@@ -8,7 +8,7 @@ import torch
 
 from trainwright.base.errors import ModelError
 
-__all__ = ["BACKENDS", "BackendChoice", "attention_backend_reason", "choose_backend"]
+__all__ = ["BACKENDS", "BackendChoice", "choose_backend"]
 
 BACKENDS = ("reference", "grouped", "blocked", "sdpa", "flex")
 # Below this many queries the blocked form has one block only and nothing to skip.
@@ -64,16 +64,6 @@ def choose_backend(
     ):
         return BackendChoice("flex", f"CUDA{what}: empty blocks are skipped")
     return BackendChoice("sdpa", f"{device_type}{what}: torch's fused kernel")
-
-
-def attention_backend_reason(
-    device_type: str, sequence_length: int, *, documents: bool = False, window: int | None = None
-) -> str:
-    """One line for the plan of a training run: the backend and why."""
-    choice = choose_backend(
-        device_type, query_length=sequence_length, key_length=sequence_length, documents=documents, window=window
-    )
-    return f"{choice.name}: {choice.reason}"
 
 
 def check_backend(name: str) -> None:
