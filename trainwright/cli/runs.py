@@ -12,7 +12,6 @@ import typer
 from trainwright.base.errors import ConfigError
 from trainwright.base.text import align_columns, human_bytes, human_count, human_duration
 from trainwright.cli.run_folder import RunSummary, evaluations, find_run, list_runs, own_metric, read_run
-from trainwright.config.tasks.commands import use_commands
 
 __all__ = ["app", "compare_lines", "list_lines", "show_lines"]
 
@@ -174,6 +173,8 @@ def _checkpoint_lines(path: Path) -> list[str]:
 
 
 def _next_lines(run: RunSummary, task: str) -> list[str]:
+    from trainwright.config.tasks.commands import use_commands
+
     if (run.path / "model" / "config.json").is_file():
         splits = tuple(run.reported) or ("validation",)
         return ["", "use it:", *(f"  {command}" for command in use_commands(task, run.path, splits))]
