@@ -7,10 +7,9 @@ out *where* things stand in it, and each finding is proved against it:
   must be the same.
 - A turn begins where the prompt of serving ends: the messages before it, rendered with the generation prompt, must be a
   beginning of the whole text. Templates that write earlier messages otherwise once a later one comes (they leave out
-  old thoughts) fail this proof; then the turn begins with its content.
+  old thoughts) fail this proof; then the turn begins behind the generation prompt that stands between what the message
+  before says and what this one says (or the mark of its first call), else with its content.
 - Its content ends where a mark behind it stands; without the mark the text must be the same.
-- A message that is nothing but tool calls, behind messages that are written otherwise later on, begins behind the
-  generation prompt that stands last before the mark of its first call.
 
 The marks are Unicode noncharacters (U+FDD0 and U+FDD1), which no text holds.
 """
@@ -243,13 +242,14 @@ class ChatRenderer:
         before = self._or_none(messages[:number], tools, add_generation_prompt=True)
         if before is not None and text.startswith(before):
             return len(before)
-        return first
+        if first is None:
+            return None
+        behind = self._behind_prompt(text, messages, tools, number, first)
+        return first if behind is None else behind
 
     def _start_of_call(self, text: str, messages: Messages, tools: Tools, number: int) -> int | None:
-        """The end of the generation prompt that stands last before the first call of a message without content; None
-        unless it stands behind the message before."""
-        before = self._content_span(text, messages, tools, number - 1)
-        if not self.generation_prompt or before is None or _content(messages[number]):
+        """Where a message begins that has calls and no content; None where that cannot be told."""
+        if _content(messages[number]):
             return None
         call, *others = messages[number]["tool_calls"]
         named = {**call, "function": {**call["function"], "name": _OPEN + call["function"]["name"]}}
@@ -257,7 +257,14 @@ class ChatRenderer:
         marked = self._or_none(changed, tools)
         if marked is None or marked.count(_OPEN) != 1 or _MARKS.sub("", marked) != text:
             return None
-        place = text.rfind(self.generation_prompt, before[1], marked.index(_OPEN))
+        return self._behind_prompt(text, messages, tools, number, marked.index(_OPEN))
+
+    def _behind_prompt(self, text: str, messages: Messages, tools: Tools, number: int, end: int) -> int | None:
+        """The end of the last generation prompt between what the message before says and character `end`."""
+        before = self._content_span(text, messages, tools, number - 1)
+        if not self.generation_prompt or before is None:
+            return None
+        place = text.rfind(self.generation_prompt, before[1], end)
         return None if place < 0 else place + len(self.generation_prompt)
 
     def _content_span(self, text: str, messages: Messages, tools: Tools, number: int) -> tuple[int, int] | None:

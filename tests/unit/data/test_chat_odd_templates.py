@@ -54,6 +54,12 @@ def test_calls_that_end_with_a_token_of_their_own() -> None:
     assert [chat.tokenizer.token(token) for token in chat.stop_ids] == ["</s>", "<|im_end|>", "<|eot_id|>"]
 
 
+def test_an_answer_behind_another_begins_where_its_prompt_ends() -> None:
+    """The answer before is written otherwise when it stands last, so the chat up to it is no beginning of the text."""
+    again = {"role": "assistant", "content": "晴。"}
+    assert trained(CALLING, [ASKED, SAID, again], tools=None) == ["\nIt is sunny.<|im_end|>", "\n晴。</s>"]
+
+
 def test_a_call_that_no_token_ends_is_refused_and_never_reaches_into_the_answer_of_the_tool() -> None:
     endless = CALLING.replace("(m.tool_calls[0].function.arguments | tojson) + '<|eot_id|>'", "'\\n'")
     with pytest.raises(DataError, match=r"message 2 \(assistant\) is not ended by any of the tokens"):
