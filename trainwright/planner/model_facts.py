@@ -26,8 +26,10 @@ def model_facts(
     Raises:
         ConfigError: the recipe's adapter or its frozen parts do not fit the model.
     """
-    of_family = _of_transformers if isinstance(config, HuggingFaceConfig) else _of_native
-    whole = of_family(config, sequence_length)
+    if isinstance(config, HuggingFaceConfig):
+        whole = _of_transformers(config, sequence_length)
+    else:
+        whole = _of_native(config, sequence_length)
     if recipe is None:
         return whole
     return replace(whole, training=training_of(config, sequence_length, recipe, positions=positions))
