@@ -85,6 +85,11 @@ class DataFacts:
         return 1.0 if self.computed_per_row is None else self.computed_per_row / self.trained_per_row
 
     @property
+    def labelled_share(self) -> float:
+        """Of the positions that a forward pass computes, those that a loss is taken of."""
+        return self.learned_share / self.computed_per_trained
+
+    @property
     def train_tokens(self) -> int:
         """Trained tokens of one epoch."""
         return round(self.train_rows * self.trained_per_row)

@@ -15,13 +15,19 @@ __all__ = ["model_facts", "model_shape"]
 
 
 def model_facts(
-    config: ModelConfig, sequence_length: int, recipe: Recipe | None = None, *, positions: float | None = None
+    config: ModelConfig,
+    sequence_length: int,
+    recipe: Recipe | None = None,
+    *,
+    positions: float | None = None,
+    labelled: float = 1.0,
 ) -> ModelFacts:
     """Size, compute per trained token at `sequence_length`, and shape of a model; nothing is allocated.
 
     Args:
         recipe: what is trained of it; None trains all.
         positions: that a row costs on average, padding included; None takes `sequence_length`.
+        labelled: of these, the share that a loss is taken of.
 
     Raises:
         ConfigError: the recipe's adapter or its frozen parts do not fit the model.
@@ -32,7 +38,8 @@ def model_facts(
         whole = _of_native(config, sequence_length)
     if recipe is None:
         return whole
-    return replace(whole, training=training_of(config, sequence_length, recipe, positions=positions))
+    training = training_of(config, sequence_length, recipe, positions=positions, labelled=labelled)
+    return replace(whole, training=training)
 
 
 def _of_native(config: ModelConfig, sequence_length: int) -> ModelFacts:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from trainwright.config import AdapterSection, Recipe
-from trainwright.config.tasks import MaskedLMSection
 from trainwright.models import ModelConfig, build_model, model_plan
 from trainwright.models.adapters import AdapterReport, adapter_options, apply_adapter
 from trainwright.models.adapters.linear import NF4_LEAVES
@@ -87,12 +86,13 @@ def places_of(config: ModelConfig) -> Places:
 
 
 def training_of(
-    config: ModelConfig, sequence_length: int, recipe: Recipe, *, positions: float | None = None
+    config: ModelConfig, sequence_length: int, recipe: Recipe, *, positions: float | None = None, labelled: float = 1.0
 ) -> Training:
     """What `recipe` trains of a model of this configuration, and what a position of its rows costs.
 
     Args:
         sequence_length: of rows, which attention sees. positions: that a row costs on average; None takes all of it.
+        labelled: of these, the share that a loss is taken of: others need no logits.
 
     Raises:
         ConfigError: patterns or parts that find nothing, or nothing is left to train.
@@ -108,7 +108,7 @@ def training_of(
     added = {n: p.numel() for n, p in model.named_parameters() if n in trained and n not in base and p.dim() >= 2}
     sizes = matmul_sizes(config) | added
     lowest = min(places.height(name) for name in trained)
-    share = _head_share(model, recipe, places, positions or sequence_length)
+    share = _head_share(model, places, positions or sequence_length, labelled)
     flops = sum(
         size * share(name) * _passes(places.height(name), lowest, len(places.blocks), trained=name in trained)
         for name, size in sizes.items()
@@ -144,13 +144,12 @@ def _passes(height: int, lowest: int, blocks: int, *, trained: bool) -> float:
     return 2.0 + (2.0 if through else 0.0) + (2.0 if trained else 0.0)
 
 
-def _head_share(model: Any, recipe: Recipe, places: Places, positions: float) -> Callable[[str], float]:
+def _head_share(model: Any, places: Places, positions: float, labelled: float) -> Callable[[str], float]:
     """(name of a matrix) -> of the positions of a row, the share that it sees."""
     config = model.config
     head = model.task_head
     if head is None:
-        seen = recipe.task.mask_share if isinstance(recipe.task, MaskedLMSection) else 1.0
-        return lambda name: seen if places.in_head(name) else 1.0
+        return lambda name: labelled if places.in_head(name) else 1.0
     if config.head.kind not in PER_ROW:
         return lambda name: 1.0
     of_head = {id(parameter) for parameter in head.parameters()}

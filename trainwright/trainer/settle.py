@@ -89,7 +89,9 @@ def settle(
         adapter=recipe.adapter is not None,
         kind=reading_of(model_config),
     )
-    facts = model_facts(model_config, data.sequence_length, recipe, positions=data.computed_per_row)
+    facts = model_facts(
+        model_config, data.sequence_length, recipe, positions=data.computed_per_row, labelled=data.labelled_share
+    )
     plan = resolve(recipe, machine, data, facts, tuning)
     earlier = source.decisions(model_config, data.vocab_size)
     if recipe.model.attention == "auto" and model_config.family != "transformers":  # which chooses for itself

@@ -21,7 +21,7 @@ from trainwright.models.heads import HeadSpec
 from trainwright.models.initialise import initial_values
 from trainwright.optim import OptimizerOptions, build_optimizer
 from trainwright.optim.groups import freeze
-from trainwright.planner import ModelFacts
+from trainwright.planner import DataFacts, ModelFacts
 from trainwright.planner.memory import MemorySettings, RankMemory, predict_rank_memory
 from trainwright.planner.model_facts import model_facts
 from trainwright.testing import tiny_llama_config
@@ -37,6 +37,7 @@ BERT = BertConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
+DATA = DataFacts(train_rows=100, validation_rows=0, sequence_length=64, trained_per_row=64.0, vocab_size=80)
 ROWS, LENGTH = 2, 32
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -164,11 +165,15 @@ def test_flops_of_matrix_products_are_those_that_torch_counts(what: str) -> None
         assert 0.62 < facts.run_flops / whole < 0.85
 
 
-def test_a_masked_head_sees_the_hidden_tokens_only() -> None:
-    recipe = recipe_of({"task": {"name": "masked_lm", "mask_share": 0.25}})
-    facts = model_facts(BERT, 64, recipe)
+def test_a_head_of_words_sees_tokens_with_a_label_only() -> None:
+    masked = replace(DATA, learned_share=0.25)
+    facts = model_facts(BERT, 64, recipe_of({}), labelled=masked.labelled_share)
     head = 6 * (32 * 32 + 80 * 32)
     assert facts.flops_per_token - facts.run_flops == pytest.approx(0.75 * head)
+    chats = replace(DATA, trained_per_row=16.0, computed_per_row=40.0, records=True)
+    facts = model_facts(LLAMA, 64, recipe_of({}), labelled=chats.labelled_share)
+    assert facts.flops_per_token - facts.run_flops == pytest.approx(0.6 * 6 * 256 * 64)
+    assert DATA.labelled_share == 1.0
 
 
 def test_a_head_of_texts_sees_one_vector_of_a_row() -> None:
