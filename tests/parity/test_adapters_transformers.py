@@ -13,13 +13,17 @@ from test_lora_layouts import check, some
 from torch import Tensor
 
 from trainwright.base.errors import ConfigError, ModelError
-from trainwright.config import AdapterSection
+from trainwright.config import AdapterSection, Recipe, load_recipe
 from trainwright.inference.adapter_merging import merge_folder
+from trainwright.memory import count_memory
 from trainwright.models import HeadSpec, LlamaConfig, Pretrained, build_model, load_pretrained, save_pretrained
 from trainwright.models.adapters import AdapterOptions, apply_adapter, load_adapter, save_adapter
 from trainwright.models.adapters.peft_methods import apply_peft_method, merge_peft_method, save_peft_method
 from trainwright.models.adapters.saving import source_of
 from trainwright.models.hugging_face.config import HuggingFaceConfig
+from trainwright.planner.memory import MemorySettings, predict_rank_memory
+from trainwright.planner.model_facts import model_facts
+from trainwright.planner.trained import training_of
 from trainwright.testing import tiny_llama_config
 from trainwright.trainer.adapters import merged_peft_model
 
@@ -62,6 +66,28 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max().detach())
 
 
+def recipe_of(adapter: dict[str, Any]) -> Recipe:
+    base = {"model": {"preset": "llama-1m"}, "data": {"source": "python-stdlib"}}
+    return load_recipe({**base, "adapter": adapter}).recipe
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["dora", "qlora"])
+def test_the_planner_counts_what_is_trained(kind: str, name: str) -> None:
+    config = HuggingFaceConfig(ARCHITECTURES[kind])
+    facts = model_facts(config, 12, recipe_of({"name": name, "rank": 4}))
+    model = build_model(config, seed=1)
+    report = apply_adapter(
+        model, AdapterOptions(rank=4, name=name.removeprefix("q"), base="nf4" if name == "qlora" else "as_is")
+    )
+    assert facts.training is not None
+    assert (facts.training.trained, facts.training.total) == (report.trained, report.total)
+    memory = predict_rank_memory(facts, MemorySettings(1, 12, precision="fp32"))
+    assert memory.parameters == count_memory(model).parameters
+    assert memory.gradients == 4 * report.trained
+    assert facts.training.flops < 0.85 * facts.flops_per_token
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_files_of_transformers_models_open_in_peft_and_merge(tmp_path: Path, kind: str) -> None:
     model = build_model(HuggingFaceConfig(ARCHITECTURES[kind]), seed=1).eval()
@@ -101,6 +127,8 @@ def test_other_methods_of_peft_train_and_peft_opens_them(tmp_path: Path, config:
     report = apply_peft_method(model, config)
     assert torch.equal(model(input_ids=ids).logits, before)
     assert 0 < report.trained < 0.1 * report.total
+    planned = training_of(HuggingFaceConfig(TRANSFORMERS), 12, recipe_of({"name": "peft", "config": config}))
+    assert (planned.trained, planned.total) == (report.trained, report.total)
     disturb(model)
     save_peft_method(model, tmp_path / "adapter", base=str(tmp_path / "base"))
     twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
