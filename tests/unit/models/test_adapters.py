@@ -380,6 +380,16 @@ def test_4_bits_of_sizes_that_the_block_does_not_divide(columns: int) -> None:
     assert float((again - opened).abs().max()) <= 2e-2 * float(opened.abs().max()), "levels are met again"
 
 
+def test_magnitudes_of_4_bits_outlive_a_gather_in_bf16() -> None:
+    """As under ZeRO with mixed precision, which casts what floats."""
+    weight = torch.randn(40, 192, generator=torch.Generator().manual_seed(2)) * torch.logspace(-8, 3, 40)[:, None]
+    packed = quantise(weight)
+    cast = packed._replace(range=packed.range.bfloat16().float())
+    assert torch.equal(dequantise(cast, torch.float32), dequantise(packed, torch.float32))
+    largest = weight.abs().amax(1, keepdim=True)
+    assert bool(((packed.range >= largest) & (packed.range <= largest * (1 + 2**-7))).all())
+
+
 def test_matrices_that_are_too_narrow_stay_as_they_are() -> None:
     model = llama(hidden_size=32, intermediate_size=66, head_dim=8)
     before = model(ids())

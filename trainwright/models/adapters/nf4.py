@@ -54,7 +54,8 @@ class NF4(NamedTuple):
         codes: int8 [out, in / 2], two levels in each, the first in the upper half. (int8, because code of transformers
             that looks at the type of a weight takes that, and only that, for a quantised one.)
         scale: int8 [out, blocks], holding 0 to 255: magnitudes of blocks as parts of `range` / 255.
-        range: fp32 [out, 1], the largest magnitude of each row.
+        range: fp32 [out, 1], the largest magnitude of each row, rounded up to a value of bf16: whoever gathers it in
+            bf16 has the same matrix.
     """
 
     codes: Tensor
@@ -95,7 +96,7 @@ def _quantise_rows(weight: Tensor) -> NF4:
     rows, columns = weight.shape
     blocks = F.pad(weight, (0, -columns % BLOCK)).view(rows, -1, BLOCK)
     magnitude = blocks.abs().amax(-1)
-    largest = magnitude.amax(-1, keepdim=True)
+    largest = _up_to_bf16(magnitude.amax(-1, keepdim=True))
     scale = (magnitude * (255.0 / largest.clamp_min(torch.finfo(torch.float32).tiny))).round().to(torch.uint8)
     held = scale.float() * (largest / 255.0)
     # Levels are chosen against the magnitude as it is stored, so that its rounding is not an error of its own.
@@ -105,6 +106,11 @@ def _quantise_rows(weight: Tensor) -> NF4:
     pairs = nearest.view(rows, -1)[:, :columns].unflatten(1, (-1, 2))
     codes = (pairs[..., 0] << 4) | pairs[..., 1]
     return NF4(codes.view(torch.int8), scale.view(torch.int8), largest)
+
+
+def _up_to_bf16(positive: Tensor) -> Tensor:
+    """The least values of bf16 that are not below these, as fp32."""
+    return ((positive.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
 
 
 def _pairs(device: torch.device) -> Tensor:
