@@ -98,6 +98,9 @@ def show_lines(path: Path) -> list[str]:
     environment, machine = info.get("environment") or {}, info.get("machine") or {}
     git = environment.get("git") or {}
     revision = f"{git['revision'][:12]}{' (modified)' if git.get('modified') else ''}" if git.get("revision") else "-"
+    recipe = _recipe_values(path)
+    task = str(recipe.get("task.name") or recipe.get("task") or "causal_lm")
+    counted = _counted(task)
     rows = [
         ("run", run.name),
         ("folder", str(path)),
@@ -108,41 +111,47 @@ def show_lines(path: Path) -> list[str]:
         ("revision", revision),
         ("parameters", _count(run.parameters)),
         ("steps", _steps(run)),
-        ("tokens", _count(run.tokens)),
+        (counted, _count(run.tokens)),
         ("time", _time(run.seconds)),
-        ("speed", _speed(run)),
+        ("speed", _speed(run, counted)),
         ("loss", f"{_loss(run.validation_loss)} (best {_loss(run.best_loss)})"),
     ]
     if run.metric is not None:
         rows.append((run.metric, f"{_metric(run.last_metric)} (best {_metric(run.best_metric)})"))
         rows += [(f"{split} {run.metric}", f"{_metric(value)} at the end") for split, value in run.reported.items()]
-    recipe = _recipe_values(path)
     description = recipe.get("run.description")
     if description:
         rows.insert(1, ("about", str(description)))
     lines = align_columns(rows)
-    lines += _evaluation_lines(path) + _checkpoint_lines(path)
+    lines += _evaluation_lines(path, counted) + _checkpoint_lines(path)
     errors = [session["error"] for session in info.get("sessions") or [] if session.get("error")]
     lines += [f"error: {error}" for error in errors]
-    return lines + _next_lines(run, str(recipe.get("task.name") or recipe.get("task") or "causal_lm"))
+    return lines + _next_lines(run, task)
 
 
-def _speed(run: RunSummary) -> str:
+def _counted(task: str) -> str:
+    """What a task of this name is trained on, in a word: tokens, texts, words."""
+    from trainwright.config.tasks import TASKS
+
+    return TASKS[task].counted if task in TASKS else "tokens"
+
+
+def _speed(run: RunSummary, counted: str) -> str:
     """What was read a second, and what was trained, which is what the plan predicts, where that is another number."""
     text = f"{_count(run.speed)} tokens/s"
-    trained = f"{_count(run.tokens_per_second)} tokens/s"
+    trained = f"{_count(run.tokens_per_second)} {counted}/s"
     if trained != text:
         text += f" read, {trained} trained"
     rate = (run.info.get("predicted") or {}).get("tokens_per_second")
     return f"{text} (predicted {human_count(rate)})" if rate else text
 
 
-def _evaluation_lines(path: Path, shown: int = 10) -> list[str]:
+def _evaluation_lines(path: Path, counted: str, shown: int = 10) -> list[str]:
     records = evaluations(path)
     if not records:
         return []
     metric = next((str(r["metric"]) for r in reversed(records) if own_metric(r) is not None), None)
-    header = ("step", "tokens", "loss", "perplexity" if metric is None else metric)
+    header = ("step", counted, "loss", "perplexity" if metric is None else metric)
     rows = [
         (
             str(r.get("step", "-")),

@@ -131,12 +131,10 @@ def _last_words(run: Run, status: str) -> str:
 
 
 def _next_commands(run: Run) -> list[str]:
-    folder = run.folder.path
-    return [
-        *(f"  {command}" for command in use_commands(run.recipe.task.name, folder, run.dataset.splits)),
-        f"  trainwright runs show {shlex.quote(folder.name)}",
-        "  trainwright train YOUR_RECIPE.yaml data.source=YOUR_FILES",
-    ]
+    folder, task = run.folder.path, run.recipe.task.name
+    more = ["trainwright train YOUR_RECIPE.yaml data.source=YOUR_FILES"] if task == "causal_lm" else []
+    shown = f"trainwright runs show {shlex.quote(str(folder))}"
+    return [f"  {command}" for command in (*use_commands(task, folder, run.dataset.splits), shown, *more)]
 
 
 def _now() -> str:

@@ -191,8 +191,8 @@ def test_the_metric_of_the_task_is_shown(tmp_path: Path, capsys: pytest.CaptureF
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["f1", "0.5000", "(best", "0.7500)"] in shown
     assert ["test", "f1", "0.7000", "at", "the", "end"] in shown
-    assert ["speed", "1.9k", "tokens/s", "read,", "64", "tokens/s", "trained"] in shown
-    assert ["step", "tokens", "loss", "f1"] in shown
+    assert ["speed", "1.9k", "tokens/s", "read,", "64", "words/s", "trained"] in shown
+    assert ["step", "words", "loss", "f1"] in shown
     assert ["2", "2", "0.5000", "0.7500"] in shown
     assert ["trainwright", "eval", f"'{tmp_path}/实体", "1'", "--split", "test"] in shown
     assert ["trainwright", "predict", f"'{tmp_path}/实体", "1'", "YOUR_FILE"] in shown
