@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from trainwright.base.errors import ModelError
 from trainwright.models.adapters.apply import AdapterReport, adapter_report, apply_adapter
 from trainwright.models.adapters.folder import SavedAdapter
 from trainwright.models.adapters.linear import ADAPTER_LEAVES
-from trainwright.models.adapters.names import PREFIX, FileNames
+from trainwright.models.adapters.names import PREFIX, FileNames, FileTensor
 from trainwright.models.adapters.options import Base
 from trainwright.models.adapters.targets import extra_parameters, target_linears
 from trainwright.models.head_files import is_head_tensor
-from trainwright.models.weights import FilePart
 
 __all__ = ["load_adapter", "saved_values"]
 
@@ -83,22 +81,6 @@ def _known_config(model: nn.Module) -> Any | None:
     return config if hasattr(config, "family") else None
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """A tensor of the file.
-
-    Attributes:
-        name: of the parameter that it belongs to. shape: in the file.
-        linear: (name, shape of its weight) of the linear that it is the adapter of; else None.
-        part: which part of another parameter it is.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    linear: tuple[str, tuple[int, int]] | None = None
-    part: FilePart | None = None
-
-
 def _read(
     saved: SavedAdapter, linears: Mapping[str, tuple[int, int]], extra: Sequence[str], model: nn.Module
 ) -> Mapping[str, Tensor]:
@@ -132,7 +114,7 @@ def _read(
     return found
 
 
-def _adapters(saved: SavedAdapter, linears: Mapping[str, tuple[int, int]], names: FileNames) -> dict[str, _Wanted]:
+def _adapters(saved: SavedAdapter, linears: Mapping[str, tuple[int, int]], names: FileNames) -> dict[str, FileTensor]:
     """The tensors of adapters, by their names in the file."""
     options = saved.options()
     found = {}
@@ -140,13 +122,13 @@ def _adapters(saved: SavedAdapter, linears: Mapping[str, tuple[int, int]], names
         parts = {"lora_A": (options.rank, columns), "lora_B": (rows, options.rank), "magnitude": (rows,)}
         for leaf in ADAPTER_LEAVES if options.name == "dora" else ("lora_A", "lora_B"):
             shape = (rows, columns)
-            found[names.tensor(module, shape, leaf)] = _Wanted(f"{module}.{leaf}", parts[leaf], (module, shape))
+            found[names.tensor(module, shape, leaf)] = FileTensor(f"{module}.{leaf}", parts[leaf], (module, shape))
     return found
 
 
 def _others(
     saved: SavedAdapter, extra: Sequence[str], names: FileNames, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, _Wanted]:
+) -> dict[str, FileTensor]:
     """The tensors of other parameters, by their names in the file."""
     found = {}
     for name in extra:
@@ -156,7 +138,7 @@ def _others(
             key = PREFIX + part.name
             of_base = not saved.fields and ".pooler." in part.name  # which peft does not train
             if key in saved.shapes or not of_base:
-                found[key] = _Wanted(name, shape, part=part)
+                found[key] = FileTensor(name, shape, part=part)
     return found
 
 

@@ -8,6 +8,7 @@ and of magnitudes are reordered alike; columns never are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,26 @@ from trainwright.models.hugging_face.structure import structure
 from trainwright.models.registry import family_of, model_plan
 from trainwright.models.weights import FilePart
 
-__all__ = ["PREFIX", "FileNames"]
+__all__ = ["PREFIX", "FileNames", "FileTensor"]
 
 PREFIX = "base_model.model."
 _LEAVES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """What a tensor of an adapter file is of a model.
+
+    Attributes:
+        name: of our parameter. shape: in the file.
+        linear: (name, shape of its weight) of the linear that it is the adapter of; else None.
+        part: which part of another parameter it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    linear: tuple[str, tuple[int, int]] | None = None
+    part: FilePart | None = None
 
 
 class FileNames:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from trainwright.base.safetensors_file import DTYPE_CODES, StoredTensor, write_f
 from trainwright.models.adapters.apply import AdapterReport, adapter_report
 from trainwright.models.adapters.held import sample_of_base
 from trainwright.models.adapters.linear import ADAPTER_LEAVES
-from trainwright.models.adapters.names import PREFIX, FileNames
+from trainwright.models.adapters.names import PREFIX, FileNames, FileTensor
 from trainwright.models.exporting import WeightSource
 from trainwright.models.fields import config_fields
-from trainwright.models.weights import FilePart, kept_tensors
+from trainwright.models.weights import kept_tensors
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "MODEL_FIELDS", "save_adapter", "source_of"]
 
@@ -107,23 +106,7 @@ def source_of(model: nn.Module, prefix: str = "") -> WeightSource:
     )
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What a tensor of the file is made of.
-
-    Attributes:
-        name: of our parameter. shape: in the file.
-        linear: (name, shape of its weight) of the linear that it is the adapter of; else None.
-        part: which part of another parameter it is.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    linear: tuple[str, tuple[int, int]] | None = None
-    part: FilePart | None = None
-
-
-def _wanted(report: AdapterReport, names: FileNames, source: WeightSource) -> dict[str, _Piece]:
+def _wanted(report: AdapterReport, names: FileNames, source: WeightSource) -> dict[str, FileTensor]:
     """By name in the file, in the order of the model."""
     found = {}
     for module, linear in report.linears.items():
@@ -131,13 +114,13 @@ def _wanted(report: AdapterReport, names: FileNames, source: WeightSource) -> di
         for leaf in ADAPTER_LEAVES:
             ours = f"{module}.{leaf}"
             if ours in source.shapes:
-                found[names.tensor(module, shape, leaf)] = _Piece(ours, source.shapes[ours], (module, shape))
+                found[names.tensor(module, shape, leaf)] = FileTensor(ours, source.shapes[ours], (module, shape))
     for ours in report.extra:
         shape_of_all = source.shapes.get(ours)
         if shape_of_all is None:  # a tied one has one name only
             continue
         for part, shape_in_file in names.file_shapes(ours, shape_of_all).items():
-            found[PREFIX + part.name] = _Piece(ours, shape_in_file, part=part)
+            found[PREFIX + part.name] = FileTensor(ours, shape_in_file, part=part)
     for alias, first in names.ties().items():
         if PREFIX + first in found:
             found[PREFIX + alias] = found[PREFIX + first]
@@ -151,7 +134,7 @@ def _code(name: str, dtype: torch.dtype) -> str:
     return text
 
 
-def _bytes(names: FileNames, source: WeightSource, piece: _Piece, stored: StoredTensor) -> Iterator[memoryview]:
+def _bytes(names: FileNames, source: WeightSource, piece: FileTensor, stored: StoredTensor) -> Iterator[memoryview]:
     shape = source.shapes[piece.name]
     if piece.linear is not None:
         leaf = piece.name.rpartition(".")[2]
