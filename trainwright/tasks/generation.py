@@ -68,12 +68,18 @@ class PairDefinition:
         options = {"max_target": self.max_target, "long": self.section.long}
         encoder: PairEncoder
         if _reads(self.section):
+            if self.section.train_on == "all":
+                raise ConfigError(
+                    "task.train_on is all, and an encoder-decoder writes the target alone",
+                    hint="set task.train_on=target, or task.architecture=decoder with a decoder",
+                )
             start = _decoder_start(self.section, tokenizer)
             encoder = EncoderDecoderPairs(
                 tokenizer, self.pair_template, self.max_length, decoder_start=start, **options
             )
         else:
-            encoder = DecoderPairs(tokenizer, self.pair_template, self.max_length, **options)
+            whole = self.section.train_on == "all"
+            encoder = DecoderPairs(tokenizer, self.pair_template, self.max_length, whole=whole, **options)
         return Writing(self.section, tokenizer, encoder, max_new_tokens=self.max_target)
 
 

@@ -98,7 +98,11 @@ class _Pairs:
 
 
 class DecoderPairs(_Pairs):
-    """Prompt and target in one text; only the target and the end token behind it are trained."""
+    """Prompt and target in one text; the target and the end token behind it are trained.
+
+    Args:
+        whole: train the prompt too.
+    """
 
     packable = True
     features: tuple[Feature, ...] = (
@@ -107,9 +111,18 @@ class DecoderPairs(_Pairs):
     )
 
     def __init__(
-        self, tokenizer: Tokenizer, template: PairTemplate, max_length: int, *, max_target: int, long: str
+        self,
+        tokenizer: Tokenizer,
+        template: PairTemplate,
+        max_length: int,
+        *,
+        max_target: int,
+        long: str,
+        whole: bool = False,
     ) -> None:
         super().__init__(tokenizer, template, max_length, max_target=max_target, long=long)
+        self.whole = whole
+        self.fingerprint += " whole" * whole
         self.overhang = overhang(tokenizer, template.prompt("x"))
         self.max_prompt = max_length - max_target
         needed = len(encode_offsets(tokenizer, template.prompt("")).ids) + 1
@@ -131,15 +144,15 @@ class DecoderPairs(_Pairs):
             return self._too_long("source", prompt_tokens + cut, self.max_prompt)
         prompt = self.template.prompt(shown)
         tokens = encode_offsets(self.tokenizer, prompt + target)
-        trained = tokens.inside(len(prompt) - self.overhang, len(prompt) + len(target))
+        of_target = tokens.inside(len(prompt) - self.overhang, len(prompt) + len(target))
         ids = np.append(tokens.ids, self.eos_id)
-        wanted = np.append(trained, True)
+        wanted = np.append(of_target, True)
         excess = int(wanted.sum()) - self.max_target
         if excess > 0:
             if self.long != "cut":
                 return self._too_long("target", int(wanted.sum()), self.max_target)
             ids, wanted, cut = ids[:-excess], wanted[:-excess], cut + excess
-        example = labelled_example(ids, wanted)
+        example = labelled_example(ids, np.ones_like(wanted) if self.whole else wanted)
         assert example is not None, "a target has tokens"
         return Encoded((example,), cut_tokens=cut)
 

@@ -80,6 +80,22 @@ def test_a_decoder_learns_the_target_and_its_end() -> None:
         assert whole == f"{record['source']}\n=>\n{record['target']}</s>"
 
 
+def test_a_decoder_can_learn_the_whole_pair() -> None:
+    task, plain = translation(train_on="all"), translation()
+    for record, example, other in zip(PAIRS, encode(task), encode(plain), strict=True):
+        text = task.tokenizer.decode([example.arrays["input_ids"][0], *example.arrays["labels"]], skip_special=False)
+        assert text == f"{record['source']}\n=>\n{record['target']}</s>"
+        assert (example.arrays["input_ids"] == other.arrays["input_ids"]).all()
+        assert task.prompt(record) == plain.prompt(record)
+    assert task.encoder.fingerprint != plain.encoder.fingerprint
+    cut = translation(64, max_target_tokens=6, train_on="all")
+    (example,) = cut.encoder.encode({"source": "x", "target": "A dog runs. " * 20}).examples
+    assert IGNORE not in example.arrays["labels"]
+    assert cut.tokenizer.eos_id not in example.arrays["labels"]
+    with pytest.raises(ConfigError, match="an encoder-decoder writes the target alone"):
+        translation(train_on="all", architecture="encoder_decoder", decoder_start=0)
+
+
 def test_a_prompt_is_what_stands_before_the_target_in_training() -> None:
     for template in ("auto", "<|de|>{source}<|en|>{target}", "{source} => {target}", "translate {source}: {target}"):
         task = translation(template=template)

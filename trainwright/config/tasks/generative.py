@@ -62,6 +62,9 @@ class _PairSection(TokenTask):
     """How a decoder sees a pair: a text with {source} and, at its end, {target}; tokens such as <|en|> in it are added
     to a tokenizer that is trained. auto puts a line with => between them. For an encoder-decoder the part before
     {target} is what is read, and auto is the source alone."""
+    train_on: Annotated[Literal["target", "all"], Words(("target", "all"))] = "target"
+    """What a decoder learns: the target, or the whole pair (for a model from scratch and few pairs: it learns the
+    language of the sources too)."""
     long: Annotated[Literal["cut", "drop", "refuse"], Words(("cut", "drop", "refuse"))] = "cut"
     """Pairs longer than data.sequence_length: cut the end of the source (and of a target longer than
     max_target_tokens, which then has no end token), drop them, or stop."""
