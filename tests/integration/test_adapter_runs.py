@@ -10,11 +10,15 @@ import pytest
 import torch
 import yaml
 
+from trainwright.base.errors import CheckpointError
 from trainwright.base.faults import FAULTS_VARIABLE, InjectedFault
+from trainwright.checkpoint import CheckpointReader
 from trainwright.inference.adapter_merging import load_adapted
 from trainwright.inference.checkpoints import load_checkpointed_model
+from trainwright.inference.export_checkpoint import export_checkpoint
 from trainwright.models import load_pretrained
 from trainwright.models.adapters import SavedAdapter
+from trainwright.testing import run_ranks
 from trainwright.trainer import Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 200
@@ -81,13 +85,16 @@ def test_a_run_writes_adapters_and_a_merged_model(
 
 
 @pytest.mark.parametrize("name", ["dora", "qlora"])
+@pytest.mark.parametrize("trained_base", [True, False])
 def test_a_run_that_broke_off_goes_on_as_if_it_had_not(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, trained_base: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    changes: dict[str, Any] = {"adapter": {"name": name, "rank": 4, "dropout": 0.1}}
+    if trained_base:
+        changes |= {"model": {"path": str(base_model(tmp_path))}, "data": data_of(tmp_path)}
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    adapter = {"name": name, "rank": 4, "dropout": 0.1}
-    Trainer(recipe(tmp_path, "whole", adapter=adapter)).fit()
-    broken = recipe(tmp_path, "broken", adapter=adapter)
+    Trainer(recipe(tmp_path, "whole", **changes)).fit()
+    broken = recipe(tmp_path, "broken", **changes)
     monkeypatch.setenv(FAULTS_VARIABLE, "data.next:raise@step=4")
     with pytest.raises(InjectedFault):
         Trainer(broken).fit()
@@ -96,3 +103,89 @@ def test_a_run_that_broke_off_goes_on_as_if_it_had_not(
     ids = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
     whole, resumed = (load_pretrained(tmp_path / "runs" / run / "model")(ids) for run in ("whole", "broken"))
     assert torch.equal(whole, resumed)
+
+
+def resume_on_ranks(rank: int, world: int, path: str, run: str) -> None:
+    Trainer(path, resume=run).fit()
+
+
+def test_two_ranks_go_on_from_one_with_the_base_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = {"steps": 6, "batch_tokens": 128, "eval_every": "3 steps", "micro_batch": 2}
+    changes = {"model": {"path": str(base_model(tmp_path))}, "data": data_of(tmp_path), "train": train}
+    changes |= {"adapter": {"name": "qlora", "rank": 4}, "checkpoint": {"every": "3 steps", "keep_best": True}}
+    Trainer(recipe(tmp_path, "whole", **changes)).fit()
+    broken = recipe(tmp_path, "broken", **changes)
+    monkeypatch.setenv(FAULTS_VARIABLE, "data.next:raise@step=4")
+    with pytest.raises(InjectedFault):
+        Trainer(broken).fit()
+    monkeypatch.delenv(FAULTS_VARIABLE)
+    again = recipe(tmp_path, "broken", **changes, parallel={"zero": 3})
+    run_ranks(resume_on_ranks, 2, str(again), str(tmp_path / "runs" / "broken"), timeout=300)
+    with torch.no_grad():
+        ids = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
+        whole, resumed = (load_pretrained(tmp_path / "runs" / run / "model")(ids) for run in ("whole", "broken"))
+    assert torch.allclose(whole, resumed, atol=1e-4)
+
+
+def base_model(folder: Path) -> Path:
+    """A small model that was trained, with its tokenizer."""
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    Trainer(recipe(folder, "base")).fit()
+    return folder / "runs" / "base" / "model"
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    return {"source": str(folder / "text.txt"), "sequence_length": 32}
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"name": "lora", "rank": 4, "train": ["norm"]},
+        {"name": "qlora", "rank": 4, "train": ["embed_tokens"]},
+        {"name": "dora", "rank": 4, "base": "bf16"},
+    ],
+)
+def test_checkpoints_name_the_base_of_adapters_instead_of_holding_it(tmp_path: Path, adapter: dict[str, Any]) -> None:
+    base = base_model(tmp_path)
+    train = {"steps": 6, "batch_tokens": 128, "eval_every": "3 steps", "ema": {"decay": 0.5}}
+    changes = {"model": {"path": str(base)}, "data": data_of(tmp_path), "adapter": adapter, "train": train}
+    Trainer(recipe(tmp_path, "tuned", **changes, checkpoint={"every": "3 steps", "keep_best": True})).fit()
+    checkpoint = tmp_path / "runs" / "tuned" / "checkpoints" / "step-6"
+    with CheckpointReader(checkpoint) as reader:
+        held = reader.state_with({name: name for name in reader.manifest.tensors})["engine"]["model"]
+    trained = ("lora_A", "lora_B", "magnitude", *(f"{name}.weight" for name in adapter.get("train", ())))
+    assert len(held) >= 28  # A and B of 14 linears
+    assert all(name.endswith(trained) or "norm" in name for name in held), list(held)
+    # What is read of it is the model all the same, whole or a piece at a time.
+    ids = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
+    kept = load_checkpointed_model(checkpoint)
+    exported = load_pretrained(export_checkpoint(checkpoint, tmp_path / "exported"))
+    with torch.no_grad():
+        assert torch.allclose(kept(ids), exported(ids), atol=1e-6)
+        assert (kept(ids) - load_pretrained(base)(ids)).abs().max() > 1e-2, "something was learned"
+
+
+def test_a_changed_or_lost_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_model(tmp_path)
+    path = recipe(tmp_path, "tuned", model={"path": str(base)}, data=data_of(tmp_path), adapter="lora")
+    monkeypatch.setenv(FAULTS_VARIABLE, "data.next:raise@step=4")
+    with pytest.raises(InjectedFault):
+        Trainer(path).fit()
+    monkeypatch.delenv(FAULTS_VARIABLE)
+    run = tmp_path / "runs" / "tuned"
+    weights = base / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors in .* is not what the adapters were trained beside"):
+        Trainer(path, resume=str(run)).fit()
+    with pytest.raises(CheckpointError, match=r"is not what the adapters were trained beside"):
+        load_checkpointed_model(run / "checkpoints" / "step-3")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="the model that the adapters stand beside is not at") as refused:
+        export_checkpoint(run / "checkpoints" / "step-3", tmp_path / "exported")
+    assert refused.value.hint is not None
+    assert not (tmp_path / "exported").exists()
+    (tmp_path / "elsewhere").rename(base)
+    weights.write_bytes(before)
+    assert Trainer(path, resume=str(run)).fit().steps == 6

@@ -1,4 +1,5 @@
-"""Adapters in a checkpoint of a run: which they are is written beside the model's configuration."""
+"""Adapters in a checkpoint of a run: which they are, and what they stand beside, is written beside the model's
+configuration."""
 
 from __future__ import annotations
 
@@ -9,12 +10,11 @@ from typing import Any
 from torch import nn
 
 from trainwright.base.errors import CheckpointError, ModelError
-from trainwright.models.adapters import AdapterReport, apply_adapter
+from trainwright.models.adapters import AdapterReport, BaseModel, apply_adapter
+from trainwright.models.adapters.values import Values
+from trainwright.models.registry import ModelConfig
 
-__all__ = ["ADAPTER_KEY", "adapters_in"]
-
-ADAPTER_KEY = "adapter"
-"""Where a checkpoint's description has the fields of an `AdapterReport`."""
+__all__ = ["adapters_in", "frozen_values"]
 
 
 def adapters_in(
@@ -28,7 +28,7 @@ def adapters_in(
     Raises:
         CheckpointError: it holds adapters and does not say which: without them the model would be another.
     """
-    fields = meta.get(ADAPTER_KEY)
+    fields = meta.get("adapter")
     if fields is None:
         if any(name.endswith(".lora_A") for name in names):
             raise CheckpointError(
@@ -41,3 +41,23 @@ def adapters_in(
     except ModelError as error:
         raise CheckpointError(f"{path}: {error.message}") from error
     return report
+
+
+def frozen_values(
+    meta: Mapping[str, Any], report: AdapterReport | None, config: ModelConfig, path: str | Path
+) -> Values | None:
+    """The parameters that a checkpoint of adapters does not hold, read from the model that it names; None where it
+    holds all.
+
+    Args:
+        meta: the checkpoint's description. config: of the model in it.
+
+    Raises:
+        CheckpointError: that model is gone, or its weights have changed.
+    """
+    if report is None or "base" not in meta:
+        return None
+    try:
+        return BaseModel(**meta["base"]).values(report, config)
+    except ModelError as error:
+        raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from error

@@ -8,7 +8,7 @@ import torch
 
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint import load_checkpoint
-from trainwright.inference.adapter_checkpoints import adapters_in
+from trainwright.inference.adapter_checkpoints import adapters_in, frozen_values
 from trainwright.models import build_model, kept_tensors
 from trainwright.models.adapters import merge_adapter
 from trainwright.models.backbone import Backbone
@@ -24,7 +24,8 @@ def load_checkpointed_model(path: Path, *, dtype: torch.dtype | None = None) -> 
     dtype: None keeps that of the trained weights.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or holds no model or not all of its weights.
+        CheckpointError: the checkpoint is damaged, or holds no model or not all of its weights; or it holds adapters,
+            and the model that they stand beside is not there any more.
     """
     state, meta = load_checkpoint(path)
     try:
@@ -37,13 +38,17 @@ def load_checkpointed_model(path: Path, *, dtype: torch.dtype | None = None) -> 
     report = adapters_in(meta, weights, model, path)
     averages = state["engine"].get("ema", {}).get("averages", {})
     weights.update({name: value for name, value in averages.items() if report is None or not report.is_frozen(name)})
+    frozen = frozen_values(meta, report, config, path)
     model.to_empty(device="cpu")
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in kept_tensors(model).items():
-            if name not in weights or weights[name].shape != parameter.shape:
+            if name in weights and weights[name].shape == parameter.shape:
+                parameter.copy_(weights[name])
+            elif name not in weights and frozen is not None and report is not None and report.is_frozen(name):
+                parameter.copy_(frozen(name, parameter.shape, parameter.dtype))
+            else:
                 raise CheckpointError(f"{path}: {name} is missing or not of shape {list(parameter.shape)}")
-            parameter.copy_(weights[name])
     if report is not None:
         merge_adapter(model)
     return model.eval()

@@ -15,7 +15,7 @@ import torch
 from trainwright.base.errors import CheckpointError
 from trainwright.checkpoint import CheckpointReader
 from trainwright.checkpoint.tensors import torch_dtype
-from trainwright.inference.adapter_checkpoints import adapters_in
+from trainwright.inference.adapter_checkpoints import adapters_in, frozen_values
 from trainwright.models import build_model, kept_tensors
 from trainwright.models.adapters import merged_source
 from trainwright.models.exporting import WeightSource, save_weights
@@ -38,7 +38,8 @@ def export_checkpoint(
     adapters merged into the weights that they stand beside.
 
     Reads, checks and writes a piece of one tensor at a time (a whole one where the file has it transposed or in another
-    order). Everything goes into a folder beside `destination`, which gets its name when it is complete.
+    order, or where it is read from the base of adapters). Everything goes into a folder beside `destination`, which
+    gets its name when it is complete.
 
     Args:
         checkpoint: a `step-N` folder, whatever the layout that saved it.
@@ -49,8 +50,8 @@ def export_checkpoint(
         add: called with the folder before it gets its name, for what shall lie beside the weights (the tokenizer).
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or holds no model or not all of its weights; or `destination` is in
-            use.
+        CheckpointError: the checkpoint is damaged, or holds no model or not all of its weights; the model that its
+            adapters stand beside is not there any more; or `destination` is in use.
         OSError: the folder cannot be written. Nothing of it is left.
     """
     destination = Path(destination)
@@ -80,23 +81,32 @@ def _model_in(reader: CheckpointReader) -> tuple[ModelConfig, WeightSource]:
         config, stored = config_from_fields(reader.meta["model"]), dict(names["engine"]["model"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{reader.path} holds no model ({error.args[0]!r} is missing)") from error
-    trained = dict(stored)
-    model = build_model(config, device="meta")
+    trained = {name: torch_dtype(reader.manifest.tensors[at].dtype) for name, at in stored.items()}
+    model = build_model(config, device="meta", dtype=next(iter(trained.values()), torch.float32))
     report = adapters_in(reader.meta, stored, model, reader.path)
+    frozen = frozen_values(reader.meta, report, config, reader.path)
     averages = names["engine"].get("ema", {}).get("averages", {})
     stored.update({name: at for name, at in averages.items() if report is None or not report.is_frozen(name)})
-    entries, dtypes = {}, {}
+    shapes, dtypes = {}, {}
     for name, parameter in kept_tensors(model).items():
         entry = reader.manifest.tensors.get(str(stored.get(name)))
-        if entry is None or entry.shape != tuple(parameter.shape):
+        of_base = name not in stored and frozen is not None and report is not None and report.is_frozen(name)
+        if not of_base and (entry is None or entry.shape != tuple(parameter.shape)):
             raise CheckpointError(f"{reader.path}: {name} is missing or not of shape {list(parameter.shape)}")
-        entries[name] = entry
+        shapes[name] = tuple(parameter.shape)
         # Averages are kept in float32; they are exported as what they are averages of.
-        dtypes[name] = torch_dtype(reader.manifest.tensors[trained[name]].dtype)
+        dtypes[name] = trained.get(name, parameter.dtype)
+    last: dict[str, torch.Tensor] = {}
 
     def read(name: str, first: int, rows: int) -> torch.Tensor:
-        shape = entries[name].shape
-        return reader.read_box(stored[name], (first, *(0 for _ in shape[1:])), (rows, *shape[1:]))
+        if name in stored:
+            shape = shapes[name]
+            return reader.read_box(stored[name], (first, *(0 for _ in shape[1:])), (rows, *shape[1:]))
+        if name not in last:
+            assert frozen is not None
+            last.clear()
+            last[name] = frozen(name, shapes[name], dtypes[name])
+        return last[name][first : first + rows] if shapes[name] else last[name]
 
-    source = WeightSource({name: entry.shape for name, entry in entries.items()}, dtypes, read)
+    source = WeightSource(shapes, dtypes, read)
     return config, source if report is None else merged_source(report, source)

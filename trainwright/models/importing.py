@@ -21,7 +21,7 @@ from trainwright.models.matching import TensorFiles, match_tensors
 from trainwright.models.registry import ModelConfig, build_model, config_from_dict, family_of
 from trainwright.models.weights import kept_tensors
 
-__all__ = ["Pretrained", "load_config", "load_pretrained", "read_json"]
+__all__ = ["Pretrained", "load_config", "load_pretrained", "read_json", "weight_files"]
 
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -97,7 +97,7 @@ class Pretrained:
         self.config = theirs if config is None else config
         self._seed = seed
         self._folder = folder
-        self._tensors = TensorFiles(folder, _weight_files(folder))
+        self._tensors = TensorFiles(folder, weight_files(folder))
         if isinstance(self.config, HuggingFaceConfig):
             self._tensors = readable(self._tensors, folder, self.config)
         self._weights = family_of(self.config).weights
@@ -136,7 +136,12 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a folder's weights.
+
+    Raises:
+        ModelError: there are none that are safetensors, or some that the index names are not there.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         mapping = read_json(index).get("weight_map")
@@ -158,4 +163,12 @@ def _weight_files(folder: Path) -> list[str]:
             f"{folder} holds its weights as pickle ({', '.join(pickles[:_SHOWN])}), which can run code; it is not read",
             hint="convert it where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
         )
-    raise ModelError(f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds an adapter alone: expected the weights of a whole model as model.safetensors",
+            hint="merge the adapter into its model first: trainwright merge",
+        )
+    raise ModelError(
+        f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json",
+        hint="give a folder with config.json and weights",
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainwright.base.errors import ModelError
 from trainwright.base.safetensors_file import INDEX_NAME, StoredTensor, write_folder
-from trainwright.models.importing import load_config, read_json
+from trainwright.models.importing import load_config, read_json, weight_files
 from trainwright.models.registry import family_of
 
 __all__ = ["rewrite_folder"]
@@ -42,7 +42,7 @@ def rewrite_folder(
         OSError: the folder cannot be written.
     """
     source, destination = Path(source), Path(destination)
-    files = _weight_files(source)
+    files = weight_files(source)
     kept = _kept_in_fp32(source)
     with _Opened(source, files) as opened:
         tensors = [
@@ -64,20 +64,6 @@ def rewrite_folder(
         text = json.dumps({**config, **named}, indent=2, ensure_ascii=False)
         (destination / "config.json").write_text(text + "\n", encoding="utf-8")
     return destination
-
-
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / INDEX_NAME).is_file():
-        return sorted(set(read_json(folder / INDEX_NAME)["weight_map"].values()))
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    found = "an adapter alone" if (folder / "adapter_config.json").is_file() else "none"
-    raise ModelError(
-        f"weights as model.safetensors were expected in {folder}, seen {found}",
-        hint="merge an adapter into its model first"
-        if found != "none"
-        else "give a folder with config.json and weights",
-    )
 
 
 def _kept_in_fp32(folder: Path) -> tuple[str, ...]:

@@ -161,7 +161,7 @@ def take_best_weights(run: Run) -> bool:
             message=f"the weights of the best evaluation cannot be read, the last ones are exported: {error}",
         )
         return False
-    run.engine.load_state_dict(state["engine"])
+    run.load_engine(state)
     emit("notice", message=f"model/ has the weights of step {best.step}: {best.followed} {best.value:.4f}, the best")
     return True
 

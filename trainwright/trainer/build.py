@@ -31,6 +31,7 @@ from trainwright.engine.materialise import Values, materialise
 from trainwright.engine.names import optimized_parameters
 from trainwright.memory import place_state
 from trainwright.models import build_model
+from trainwright.models.adapters import BaseModel
 from trainwright.models.backbone import Backbone
 from trainwright.models.embedding_noise import attach_embedding_noise
 from trainwright.models.importing import Pretrained
@@ -49,6 +50,7 @@ from trainwright.trainer.run import Run
 from trainwright.trainer.sampling import Sampling
 from trainwright.trainer.settle import Settled
 from trainwright.trainer.task import Dataset, make_task
+from trainwright.trainer.together import first_decides
 
 __all__ = ["build"]
 
@@ -97,6 +99,7 @@ def build(
         ranks=ranks,
         device=settled.device,
         pretrained=settled.pretrained,
+        base=_base(settled, ranks),
         dataset=dataset,
         tokenizer=tokenizer,
         task=task,
@@ -226,6 +229,15 @@ def _values(settled: Settled) -> Values:
             hint="name a trained model with model.path or model.hf, or leave adapter out",
         )
     return initial_values(settled.model_config, seed)
+
+
+def _base(settled: Settled, ranks: Ranks) -> BaseModel | None:
+    """The model that adapters stand beside, for checkpoints to name; None where they hold all that a run has."""
+    adapter, folder = settled.loaded.recipe.adapter, settled.pretrained
+    if adapter is None or adapter.name == "peft" or folder is None:
+        return None
+    seed = settled.loaded.recipe.train.seed
+    return BaseModel(**first_decides(ranks, lambda: BaseModel.read(folder, seed=seed).to_fields()))
 
 
 def _spike_options(recipe: Recipe) -> SpikeOptions:

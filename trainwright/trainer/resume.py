@@ -10,9 +10,11 @@ from typing import Any
 from trainwright.base.errors import CheckpointError, ConfigError
 from trainwright.base.events import emit
 from trainwright.checkpoint import RunLock
+from trainwright.checkpoint.loading import Loaded
 from trainwright.comm import ALONE, Ranks
 from trainwright.config import LoadedRecipe, ParallelSection, load_recipe
 from trainwright.config.pipeline_section import PipelineSection
+from trainwright.models.adapters import BaseModel
 from trainwright.trainer.run import Run
 from trainwright.trainer.run_folder import RunFolder, find_run
 from trainwright.trainer.together import first_decides
@@ -170,12 +172,14 @@ def restore(run: Run) -> None:
 
     Raises:
         DataError: the dataset is not the one the run was trained on.
-        CheckpointError: no checkpoint is whole, or its tensors are not this model's.
+        CheckpointError: no checkpoint is whole, its tensors are not this model's, or the model that its adapters
+            stand beside has changed.
     """
     found = run.checkpointer.load_latest(like=run.state_dict() if run.ranks.world > 1 else None)
     if found is None:
         emit("warning", message=f"no checkpoint in {run.folder.checkpoints} yet: starting from the first step")
         return
+    _refuse_another_base(run, found)
     try:
         run.load_state_dict(found.state)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -184,3 +188,15 @@ def restore(run: Run) -> None:
             hint="resume with the recipe, code and data it was made with",
         ) from error
     emit("resume", path=str(found.path), step=run.state.step, total_steps=run.plan.steps)
+
+
+def _refuse_another_base(run: Run, found: Loaded) -> None:
+    """A checkpoint of adapters is half of a model: the other half must be what it was."""
+    if run.base is None or "base" not in found.meta:
+        return
+    changed = BaseModel(**found.meta["base"]).changed(run.base)
+    if changed is not None:
+        raise CheckpointError(
+            f"{found.path}: {changed}",
+            hint="put the weights back that were there when the run began, or start a new run",
+        )

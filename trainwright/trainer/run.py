@@ -22,7 +22,7 @@ from trainwright.config import LoadedRecipe, Recipe
 from trainwright.data import Loader, TokenDataset, Tokenizer, evaluation_batches, evaluation_rows, fit_and_score
 from trainwright.engine import Engine
 from trainwright.launch import Heartbeat
-from trainwright.models.adapters import adapter_report
+from trainwright.models.adapters import BaseModel, adapter_report
 from trainwright.models.embedding_noise import EmbeddingNoise
 from trainwright.models.fields import config_fields
 from trainwright.monitor import ThroughputMeter
@@ -46,7 +46,8 @@ class Run:
 
     Attributes that are not parts: `stop_reason` ends the loop early and orderly when a callback sets it; `save_wanted`
     is set by a callback too, and asks for a checkpoint once all have seen the evaluation; `diverged`
-    holds the reason when the guard says stop; `baselines` are validation losses of counting models on the same tokens.
+    holds the reason when the guard says stop; `baselines` are validation losses of counting models on the same tokens;
+    `base` is the model that adapters stand beside, where checkpoints name it instead of holding it.
     """
 
     loaded: LoadedRecipe
@@ -55,6 +56,7 @@ class Run:
     ranks: Ranks
     device: torch.device
     pretrained: str | None
+    base: BaseModel | None
     dataset: Dataset
     tokenizer: Tokenizer
     task: Task
@@ -179,9 +181,14 @@ class Run:
     # --- state ---
 
     def state_dict(self) -> StateDict:
-        """The one dict that is saved: whatever a resumed run needs to go on bit for bit."""
+        """The one dict that is saved: whatever a resumed run needs to go on bit for bit.
+
+        The frozen weights of `base` are not in it.
+        """
+        engine = self.engine.state_dict()
+        engine["model"] = {name: value for name, value in engine["model"].items() if not self._is_of_base(name)}
         return {
-            "engine": self.engine.state_dict(),
+            "engine": engine,
             "train": self.state.state_dict(),
             "loader": self.loader.state_dict(),
             "spikes": self.spikes.state_dict(),
@@ -197,12 +204,22 @@ class Run:
                 f"the checkpoint holds state of callbacks that this run does not have: {', '.join(lost)}",
                 hint="pass the same callbacks, or start a new run",
             )
-        self.engine.load_state_dict(state["engine"])
+        self.load_engine(state)
         self.state.load_state_dict(state["train"])
         self.loader.load_state_dict(state["loader"])
         self.spikes.load_state_dict(state["spikes"])
         for name, saved in state["callbacks"].items():
             known[name].load_state_dict(saved)
+
+    def load_engine(self, state: StateDict) -> None:
+        """The engine's part of a saved state, into an engine whose frozen weights are in place."""
+        frozen = {name: value for name, value in self.engine.state_dict()["model"].items() if self._is_of_base(name)}
+        engine = state["engine"]
+        self.engine.load_state_dict({**engine, "model": {**engine["model"], **frozen}})
+
+    def _is_of_base(self, name: str) -> bool:
+        adapters = adapter_report(self.engine.model)
+        return self.base is not None and adapters is not None and adapters.is_frozen(name)
 
     def save(self, *, final: bool = False) -> None:
         """Save now; a final save is on the disk when this returns."""
@@ -215,6 +232,8 @@ class Run:
         adapters = adapter_report(self.engine.model)
         if adapters is not None:
             meta["adapter"] = adapters.to_fields()
+        if self.base is not None:
+            meta["base"] = self.base.to_fields()
         self.beat("save")
         self.save_wanted = False
         self.state.seconds = self.ranks.broadcast_json(self.state.seconds)  # what is saved is the same on all ranks

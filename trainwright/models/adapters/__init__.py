@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainwright.models.adapters.apply import AdaptedShape, AdapterReport, adapter_report, apply_adapter
+from trainwright.models.adapters.base_model import BaseModel
 from trainwright.models.adapters.folder import SavedAdapter, is_adapter_folder
 from trainwright.models.adapters.linear import AdaptedLinear
 from trainwright.models.adapters.loading import load_adapter, saved_values
@@ -16,6 +17,7 @@ __all__ = [
     "AdaptedShape",
     "AdapterOptions",
     "AdapterReport",
+    "BaseModel",
     "SavedAdapter",
     "adapter_options",
     "adapter_report",
