@@ -31,9 +31,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: setup
 	$(BIN)/trainwright train stdlib
 
-# One thread for each worker: two workers with all cores each are slower than one.
+# One thread for each worker: two workers with all cores each are slower than one. Files stay in their order, long tests first:
+# otherwise the files of few long tests come last, and one worker waits for the other.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # pytest's exit code 5 says that no test is marked slow, which is no failure.
 test-slow: $(VENV)/.installed-dev
