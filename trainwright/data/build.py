@@ -15,9 +15,8 @@ import os
 import re
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +33,7 @@ from trainwright.data.corpus import (
     training_texts,
 )
 from trainwright.data.dataset import TokenDataset
-from trainwright.data.encoding import Encoded, EncoderPool, Framing
+from trainwright.data.encoding import Framing, encode_all
 from trainwright.data.exclusive import building
 from trainwright.data.finish import finish_dataset
 from trainwright.data.manifest import SCHEMA, Manifest, read_manifest
@@ -285,20 +284,13 @@ class _Builder:
         state = writer.state
         found = state.problems.from_dict(state.problems.to_dict())
         segments = read_segments(self.corpus, tokenizer, start=state.cursor, problems=found)
-        waiting: deque[tuple[list[Segment], Future[Encoded]]] = deque()
-        with EncoderPool(tokenizer, self.partial / "tokenizer", framing, self.workers) as pool:
-            for batch in _batches(segments):
-                waiting.append((batch, pool.submit(batch)))
-                if len(waiting) > (2 * self.workers if self.workers > 1 else 0):
-                    self._write(writer, *waiting.popleft())
-            while waiting:
-                self._write(writer, *waiting.popleft())
+        folder = self.partial / "tokenizer"
+        with closing(encode_all(tokenizer, folder, framing, _batches(segments), self.workers)) as encoded:
+            for batch, tokens in encoded:
+                writer.write(batch, tokens)
+                self._report("tokens", self._bytes_before[batch[-1].source, batch[-1].shard], writer)
         state.problems = found
         state.cursor = (len(self.corpus.sources), 0, 0)
-
-    def _write(self, writer: TokenWriter, batch: list[Segment], encoded: Future[Encoded]) -> None:
-        writer.write(batch, encoded.result())
-        self._report("tokens", self._bytes_before[batch[-1].source, batch[-1].shard], writer)
 
     def _report(self, phase: str, done: int, writer: TokenWriter | None) -> None:
         if self.progress is None:
