@@ -20,8 +20,7 @@ import pytest
 
 from trainwright.base.errors import DataError
 from trainwright.base.faults import FAULTS_VARIABLE
-from trainwright.data import build as build_module
-from trainwright.data import commands, encoding
+from trainwright.data import builder, commands, encoding
 from trainwright.data.build import build_dataset, prepare_dataset
 from trainwright.data.documents import SourceSpec
 from trainwright.data.loader import Loader
@@ -31,11 +30,11 @@ from trainwright.data.worker_pool import WorkerPool
 
 PROGRAM = """
 import sys
-from trainwright.data import build, writing
+from trainwright.data import build, builder, writing
 from trainwright.data.documents import SourceSpec
 from trainwright.data.spec import BuildSpec, TrainTokenizer, ValidationSpec
-build.BATCH_CHARACTERS = 4000
-build.FEWEST_BYTES_PER_WORKER = 1
+builder.BATCH_CHARACTERS = 4000
+builder.FEWEST_BYTES_PER_WORKER = 1
 writing.COMMIT_SECONDS = 0.01
 source, out, workers = sys.argv[1:]
 spec = BuildSpec(
@@ -144,8 +143,8 @@ def state(pid: int) -> str:
 def test_a_dead_worker_is_named_and_its_build_can_go_on(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "BATCH_CHARACTERS", 4000)
-    monkeypatch.setattr(build_module, "FEWEST_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(builder, "BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr(builder, "FEWEST_BYTES_PER_WORKER", 1)
     spec = BuildSpec((SourceSpec(str(corpus)),), TrainTokenizer("bpe", 500), sequence_length=64, validation=None)
     original = WorkerPool.submit
     submitted = 0
@@ -166,7 +165,7 @@ def test_a_dead_worker_is_named_and_its_build_can_go_on(
 
 
 def test_an_error_in_a_worker_reaches_the_user(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "FEWEST_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(builder, "FEWEST_BYTES_PER_WORKER", 1)
     spec = BuildSpec((SourceSpec(str(corpus)),), TrainTokenizer("bpe", 500), sequence_length=64, validation=None)
     original = encoding.WorkerPool
 

@@ -16,12 +16,11 @@ import numpy as np
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.events import emit
 from trainwright.base.faults import fault_point
-from trainwright.data.build import SAMPLE_CHARACTERS, BuildProgress
+from trainwright.data.builder import SAMPLE_CHARACTERS, BuildProgress, Progress
 from trainwright.data.corpus import Corpus, check_unchanged
 from trainwright.data.examples.build import (
     BoundTask,
     ExampleDefinition,
-    Progress,
     ReadRecords,
     as_json,
     prepared,
