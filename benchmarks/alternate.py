@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-__all__ = ["Contender", "alternate", "take_turns"]
+__all__ = ["STEPS_FOR_EVER", "Contender", "alternate", "take_turns"]
+
+STEPS_FOR_EVER = 100_000
+"""How long a side is told to train: it is stopped when there are no more turns."""
 
 
 @dataclass

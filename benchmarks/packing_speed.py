@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alternate import Contender, alternate, take_turns
+from alternate import STEPS_FOR_EVER, Contender, alternate, take_turns
 
 
 def as_text(source: Path, target: Path) -> int:
@@ -53,7 +53,7 @@ def trains(packing: str, source: Path, folder: Path, length: int, rows: int) -> 
                     "validation": "none",
                     "cache": str(folder / "cache"),
                 },
-                "train": {"steps": 100_000, "batch_tokens": rows * length, "micro_batch": rows, "compile": True},
+                "train": {"steps": STEPS_FOR_EVER, "batch_tokens": rows * length, "micro_batch": rows, "compile": True},
                 "optim": {"lr": 1e-3, "schedule": "constant"},
                 "precision": "bf16",
                 "checkpoint": {"every": "never"},

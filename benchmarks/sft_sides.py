@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alternate import STEPS_FOR_EVER
+from transformers_side import arguments, calling
+
 LENGTH, VOCABULARY = 512, 8192
 LEARNING_RATE, BETAS, CLIP = 6e-4, (0.9, 0.95), 1.0
-STEPS_FOR_EVER = 100_000
 CHECKED = 3
 """Steps whose rows our side writes down for TRL."""
 TEMPLATE = (
@@ -163,10 +165,6 @@ def train_trl(folder: Path, step_rows: int, variant: Variant, step_done: StepDon
             self.loss += float(loss)
             return loss
 
-    class Tick(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *args: object, **kwargs: object) -> None:
-            step_done([trainer.loss, trainer.trained, row_tokens])
-
     datasets.disable_progress_bars()
     if same_rows:
         steps = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
@@ -175,41 +173,33 @@ def train_trl(folder: Path, step_rows: int, variant: Variant, step_done: StepDon
         data = datasets.load_dataset(
             "json", data_files=str(folder / "chats.jsonl"), split="train", cache_dir=str(folder / "datasets")
         )
+    given = arguments(
+        output_dir=str(folder / "trl"),
+        max_length=LENGTH,
+        packing=True,
+        packing_strategy=variant.packing,
+        pad_to_multiple_of=variant.micro * LENGTH if variant.compiled and variant.packing == "bfd" else None,
+        assistant_only_loss=not same_rows,
+        dataset_kwargs={"skip_prepare_dataset": True} if same_rows else None,
+        train_sampling_strategy="sequential" if same_rows else "random",
+        per_device_train_batch_size=variant.micro,
+        gradient_accumulation_steps=step_rows // variant.micro,
+        torch_compile=variant.compiled,
+        gradient_checkpointing=False,
+        learning_rate=LEARNING_RATE,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=0.0,
+        max_grad_norm=CLIP,
+    )
     trainer = Counting(
         model=transformers.AutoModelForCausalLM.from_pretrained(
             folder / "model", attn_implementation="sdpa", dtype=torch.float32
         ),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder / "model"),
         train_dataset=data,
-        callbacks=[Tick()],
-        args=trl.SFTConfig(
-            output_dir=str(folder / "trl"),
-            max_length=LENGTH,
-            packing=True,
-            packing_strategy=variant.packing,
-            pad_to_multiple_of=variant.micro * LENGTH if variant.compiled and variant.packing == "bfd" else None,
-            assistant_only_loss=not same_rows,
-            dataset_kwargs={"skip_prepare_dataset": True} if same_rows else None,
-            train_sampling_strategy="sequential" if same_rows else "random",
-            per_device_train_batch_size=variant.micro,
-            gradient_accumulation_steps=step_rows // variant.micro,
-            max_steps=STEPS_FOR_EVER,
-            bf16=True,
-            torch_compile=variant.compiled,
-            gradient_checkpointing=False,
-            optim="adamw_torch_fused",
-            learning_rate=LEARNING_RATE,
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            weight_decay=0.0,
-            max_grad_norm=CLIP,
-            lr_scheduler_type="constant",
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=True,
-        ),
+        callbacks=[calling(lambda: step_done([trainer.loss, trainer.trained, row_tokens]))],
+        args=trl.SFTConfig(**given),
     )
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     row_tokens = statistics.mean(lengths) * step_rows

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from alternate import Contender, alternate, take_turns
+from alternate import STEPS_FOR_EVER, Contender, alternate, take_turns
+from transformers_side import arguments, calling
 
 from trainwright.base.device import measure_matmul_peak
 from trainwright.models import count_flops, preset
 
 ROWS, LENGTH, VOCABULARY = 8, 512, 8192
-STEPS_FOR_EVER = 100_000
 
 
 def token_rows(count: int) -> torch.Tensor:
@@ -71,33 +71,25 @@ def train_transformers(step_done: Callable[[], None]) -> None:
     """transformers.Trainer with bf16 autocast, torch.compile, fused AdamW and SDPA attention."""
     import transformers
 
-    class Tick(transformers.TrainerCallback):
-        def on_step_end(self, *args: object, **kwargs: object) -> None:
-            step_done()
-
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(hugging_face_config())
     rows = token_rows(2000)[:, :LENGTH]
     dataset = [{"input_ids": row, "labels": row} for row in rows]
-    arguments = transformers.TrainingArguments(
+    given = arguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=ROWS,
-        max_steps=STEPS_FOR_EVER,
-        bf16=True,
         torch_compile=True,
-        optim="adamw_torch_fused",
         max_grad_norm=1.0,
         learning_rate=1e-3,
         weight_decay=0.1,
-        lr_scheduler_type="constant",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=True,
         dataloader_num_workers=0,
     )
-    transformers.Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[Tick()]).train()
+    transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**given),
+        train_dataset=dataset,
+        callbacks=[calling(step_done)],
+    ).train()
 
 
 def hugging_face_config() -> object:

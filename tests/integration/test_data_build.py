@@ -13,27 +13,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from trainwright.base.errors import DataError
 from trainwright.base.faults import FAULTS_VARIABLE
-from trainwright.data import build as build_module
-from trainwright.data import commands, encoding
+from trainwright.data import builder, commands, encoding
 from trainwright.data.build import build_dataset, prepare_dataset
 from trainwright.data.documents import SourceSpec
 from trainwright.data.loader import Loader
 from trainwright.data.spec import BuildSpec, TrainTokenizer, ValidationSpec
 from trainwright.data.tokenizers import load_tokenizer
+from trainwright.data.worker_pool import WorkerPool
 
 PROGRAM = """
 import sys
-from trainwright.data import build, writing
+from trainwright.data import build, builder, writing
 from trainwright.data.documents import SourceSpec
 from trainwright.data.spec import BuildSpec, TrainTokenizer, ValidationSpec
-build.BATCH_CHARACTERS = 4000
-build.FEWEST_BYTES_PER_WORKER = 1
+builder.BATCH_CHARACTERS = 4000
+builder.FEWEST_BYTES_PER_WORKER = 1
 writing.COMMIT_SECONDS = 0.01
 source, out, workers = sys.argv[1:]
 spec = BuildSpec(
@@ -142,20 +143,20 @@ def state(pid: int) -> str:
 def test_a_dead_worker_is_named_and_its_build_can_go_on(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "BATCH_CHARACTERS", 4000)
-    monkeypatch.setattr(build_module, "FEWEST_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(builder, "BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr(builder, "FEWEST_BYTES_PER_WORKER", 1)
     spec = BuildSpec((SourceSpec(str(corpus)),), TrainTokenizer("bpe", 500), sequence_length=64, validation=None)
-    original = encoding.EncoderPool.submit
+    original = WorkerPool.submit
     submitted = 0
 
-    def killing(self: encoding.EncoderPool, batch: list[encoding.Segment]) -> object:
+    def killing(self: WorkerPool, request: object) -> object:
         nonlocal submitted
         submitted += 1
         if submitted == 5:
-            os.kill(self._workers[0]._process.pid, signal.SIGKILL)
-        return original(self, batch)
+            os.kill(self._workers[0].process.pid, signal.SIGKILL)
+        return original(self, request)
 
-    monkeypatch.setattr(encoding.EncoderPool, "submit", killing)
+    monkeypatch.setattr(WorkerPool, "submit", killing)
     with pytest.raises(DataError, match="a tokenizing process was killed by SIGKILL"):
         build_dataset(spec, tmp_path / "out", 2)
     build_dataset(spec, tmp_path / "out", 2)
@@ -164,18 +165,18 @@ def test_a_dead_worker_is_named_and_its_build_can_go_on(
 
 
 def test_an_error_in_a_worker_reaches_the_user(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "FEWEST_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(builder, "FEWEST_BYTES_PER_WORKER", 1)
     spec = BuildSpec((SourceSpec(str(corpus)),), TrainTokenizer("bpe", 500), sequence_length=64, validation=None)
-    original = encoding.EncoderPool.__init__
+    original = encoding.WorkerPool
 
-    def spoiling(self: encoding.EncoderPool, tokenizer: object, folder: Path, *rest: object) -> None:
-        path = folder / "tokenizer.json"
+    def spoiling(*arguments: Any) -> WorkerPool:
+        (path,) = tmp_path.rglob("tokenizer.json")
         value = json.loads(path.read_text(encoding="utf-8"))
         value["model"]["merges"].pop()
         path.write_text(json.dumps(value), encoding="utf-8")
-        original(self, tokenizer, folder, *rest)
+        return original(*arguments)
 
-    monkeypatch.setattr(encoding.EncoderPool, "__init__", spoiling)
+    monkeypatch.setattr(encoding, "WorkerPool", spoiling)
     with pytest.raises(DataError, match=r"tokenizing failed: .*changed while it was in use"):
         build_dataset(spec, tmp_path / "out", 2)
 

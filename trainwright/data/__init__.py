@@ -1,7 +1,8 @@
 """Text in, batches out: readers, tokenizers, chat templates, packing, the exact row index, loaders."""
 
 from trainwright.data.baselines import Baselines, fit_and_score
-from trainwright.data.build import BuildProgress, build_dataset, prepare_dataset
+from trainwright.data.build import build_dataset, prepare_dataset
+from trainwright.data.builder import BuildProgress
 from trainwright.data.dataset import TokenDataset
 from trainwright.data.documents import Document, Problems, Shard, SourceSpec
 from trainwright.data.loader import Batch, Loader, evaluation_batches, evaluation_rows

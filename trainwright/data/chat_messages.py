@@ -9,7 +9,7 @@ from typing import Any
 
 from trainwright.base.errors import DataError
 
-__all__ = ["plain_messages", "strings_in"]
+__all__ = ["plain_call", "plain_messages", "strings_in"]
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -38,24 +38,45 @@ def _plain_message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
             hint="images and sounds are not trained on; leave such records out",
         )
     if result.get("tool_calls"):
-        result["tool_calls"] = [_plain_call(call, number) for call in result["tool_calls"]]
+        calls = result["tool_calls"]
+        listed = calls if isinstance(calls, (list, tuple)) else [calls]
+        result["tool_calls"] = [_call(call, number) for call in listed]
     else:
         result.pop("tool_calls", None)
     return result
 
 
-def _plain_call(call: Any, number: int) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+def _call(written: Any, number: int) -> dict[str, Any]:
+    call = plain_call(written)
+    if call is None:
         raise DataError(
-            f"message {number + 1} has the tool call {call!r:.80}; expected a function with 'name' and 'arguments'",
+            f"message {number + 1} has the tool call {written!r:.80}; expected a function with 'name' and 'arguments'",
             hint='write {"type": "function", "function": {"name": "...", "arguments": {...}}}',
         )
-    arguments = function.get("arguments", {})
+    return call
+
+
+def plain_call(written: Any) -> dict[str, Any] | None:
+    """A call of a tool in the one form that templates get: {"type": "function", "function": {"name", "arguments"}},
+    with the id where it has one. None where no function is named.
+
+    Args:
+        written: in that form, or {name, arguments} alone; `parameters` is another name of arguments. Arguments that
+            are JSON in a text become what it says; without any they are an empty object.
+    """
+    function = written.get("function", written) if isinstance(written, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return None
+    arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):  # what is no JSON is written as it is
+        # what a model wrote need not be JSON; templates write text as it stands
+        with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
-    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+    call: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": function["name"], "arguments": {} if arguments in (None, "") else arguments},
+    }
+    return {"id": written["id"], **call} if isinstance(written.get("id"), str) else call
 
 
 def strings_in(value: Any) -> Iterator[str]:

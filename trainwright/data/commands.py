@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainwright.base.text import human_bytes
-from trainwright.data.build import Progress, build_dataset, prepare_dataset
+from trainwright.data.build import build_dataset, prepare_dataset
+from trainwright.data.builder import Progress
 from trainwright.data.dataset import IGNORE, TokenDataset
 from trainwright.data.examples.build import ExampleDefinition, build_examples
 from trainwright.data.examples.manifest import is_examples

@@ -11,8 +11,6 @@ pure as the rows are.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.faults import fault_point
 from trainwright.data.length_order import LengthOrder
 from trainwright.data.mixture import RowGroup, RowOrder
+from trainwright.data.prefetch import Prefetcher
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +108,7 @@ class Loader:
         order = self._order(batch_rows)
         self._source = _Source(dataset, split, order, batch_rows, rank, world, pin_memory, transform)
         self._prefetch = prefetch
-        self._ahead: _Prefetcher | None = None
+        self._ahead: Prefetcher | None = None
 
     def _order(self, group: int) -> RowOrder | LengthOrder:
         order = RowOrder(self.dataset.groups(self.split), self.seed)
@@ -149,7 +148,7 @@ class Loader:
             batch = self._source.batch(self.rows_consumed)
         else:
             if self._ahead is None:
-                self._ahead = _Prefetcher(self._source, self.rows_consumed, self._prefetch)
+                self._ahead = Prefetcher(self._source.batch, self.rows_consumed, self.batch_rows, self._prefetch)
                 weakref.finalize(self, self._ahead.stop)
             try:
                 batch = self._ahead.take()
@@ -248,52 +247,6 @@ class _Source:
             arrays = self.transform(arrays, self.draws(draw))
         batch = _tensors(arrays)
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
-
-
-class _Prefetcher:
-    """One thread that assembles the next batches into a bounded queue."""
-
-    def __init__(self, source: _Source, draw: int, depth: int) -> None:
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(
-            target=_produce, args=(source, draw, self._queue, self._stopping), name="prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def take(self) -> Batch:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def stop(self) -> None:
-        self._stopping.set()
-        while True:  # a full queue holds the thread in `put`
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                break
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=10)
-
-
-def _produce(source: _Source, draw: int, out: queue.Queue[Batch | BaseException], stopping: threading.Event) -> None:
-    item: Batch | BaseException
-    while not stopping.is_set():
-        try:
-            item = source.batch(draw)
-        except BaseException as error:  # the consumer raises it; a thread's own traceback helps nobody
-            item = error
-        while not stopping.is_set():
-            try:
-                out.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        if isinstance(item, BaseException):
-            return
-        draw += source.batch_rows
 
 
 def evaluation_rows(dataset: Rows, split: str = "validation", limit_rows: int | None = None) -> NDArray[np.int64]:

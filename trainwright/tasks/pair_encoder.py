@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainwright.base.errors import ConfigError, DataError
-from trainwright.data.chat_encoding import encode_offsets, overhang, reserved_pattern
 from trainwright.data.examples.example import IGNORE, Encoded, Example, ExampleEncoder, Feature
+from trainwright.data.token_offsets import encode_offsets, overhang, reserved_pattern
 from trainwright.data.tokenizer_core import Tokenizer
 from trainwright.tasks.chat_encoder import labelled_example
 

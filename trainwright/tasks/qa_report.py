@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainwright.tasks.metrics.answers import answer_scores, best_threshold, first_sentence, scorer_for
+from trainwright.tasks.metrics.answers import answer_scores, best_threshold, scorer_for
 from trainwright.tasks.task import LISTED_ERRORS, Record, Report, Table
+from trainwright.tasks.text_metrics import first_sentence
 
 __all__ = ["answer_report"]
 

@@ -175,7 +175,7 @@ def _loader(settled: Settled, dataset: Dataset, mesh: Mesh, task: Task) -> Loade
     recipe, plan = settled.loaded.recipe, settled.plan
     if isinstance(dataset, ExampleDataset):
         # Where shapes are compiled or handed on between ranks, all batches have one.
-        dataset.static = _one_shape(recipe, plan.layout)
+        dataset.padding.static = _one_shape(recipe, plan.layout)
     return Loader(
         dataset,
         plan.batch_rows,

@@ -14,8 +14,9 @@ from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.events import listening
 from trainwright.base.faults import FAULTS_VARIABLE, InjectedFault
 from trainwright.data import build as build_module
-from trainwright.data import commands, corpus
-from trainwright.data.build import BuildProgress, build_dataset, prepare_dataset
+from trainwright.data import builder, commands, corpus
+from trainwright.data.build import build_dataset, prepare_dataset
+from trainwright.data.builder import BuildProgress
 from trainwright.data.dataset import TokenDataset
 from trainwright.data.documents import SourceSpec
 from trainwright.data.readers import list_shards, read_shard
@@ -48,8 +49,8 @@ def bpe_spec(folder: Path, texts: list[str], **options: object) -> BuildSpec:
 
 def many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a small corpus take many batches, and let it have several workers."""
-    monkeypatch.setattr(build_module, "BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(build_module, "FEWEST_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(builder, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(builder, "FEWEST_BYTES_PER_WORKER", 1)
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +118,7 @@ def test_a_changed_source_throws_the_unfinished_build_away(tmp_path: Path, monke
 def test_a_second_build_opens_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = bpe_spec(tmp_path, words(50))
     first = prepare_dataset(spec, tmp_path / "cache", 1)
-    monkeypatch.setattr(build_module, "_Builder", None)  # building again would fail
+    monkeypatch.setattr(build_module, "Builder", None)  # building again would fail
     assert prepare_dataset(spec, tmp_path / "cache", 1).fingerprint == first.fingerprint
     assert build_dataset(spec, first.folder).fingerprint == first.fingerprint
 

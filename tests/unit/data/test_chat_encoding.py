@@ -12,7 +12,10 @@ from chat_examples import CALL, PLAIN_CHAT, QWEN3, QWEN3_TAGGED, STYLES, TAGGED,
 
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.data.chat_encoding import ChatFormat, EncodedChat
+from trainwright.data.chat_messages import plain_messages
 from trainwright.data.chat_templates import TEMPLATES, choose_template, read_template, template_tokens, with_template
+from trainwright.data.documents import SourceSpec
+from trainwright.data.records import read_records
 from trainwright.data.templates import CHATML_TEMPLATE, render_chat
 from trainwright.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -174,6 +177,32 @@ def test_arguments_of_calls_that_are_json_text_are_written_as_objects() -> None:
     as_text = {"type": "function", "function": {"name": "get_weather", "arguments": '{"city": "北京"}'}}
     chat = [TOOL_CHAT[0], {"role": "assistant", "content": None, "tool_calls": [as_text]}]
     assert trained_of(TEMPLATES["chatml"], chat) == trained_of(TEMPLATES["chatml"], TOOL_CHAT[:2])
+
+
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [
+        ({"name": "add", "arguments": '{"a": 1}'}, {"name": "add", "arguments": {"a": 1}}),
+        ({"name": "add", "parameters": {"a": "一"}}, {"name": "add", "arguments": {"a": "一"}}),
+        ({"function": {"name": "add", "arguments": None}}, {"name": "add", "arguments": {}}),
+        ({"type": "function", "function": {"name": "add", "arguments": ""}}, {"name": "add", "arguments": {}}),
+        ({"name": "add", "arguments": "a=1"}, {"name": "add", "arguments": "a=1"}),
+        ({"name": "add", "arguments": "[" * 100_000}, {"name": "add", "arguments": "[" * 100_000}),
+        ({"index": 0, "id": "c1", "function": {"name": "add"}}, {"name": "add", "arguments": {}}),
+    ],
+)
+def test_a_call_is_the_same_in_a_chat_as_in_a_record(
+    written: dict[str, Any], plain: dict[str, Any], tmp_path: Path
+) -> None:
+    """What is answered is what was trained on: both get their calls in one form."""
+    expected = {**({"id": "c1"} if "id" in written else {}), "type": "function", "function": plain}
+    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "", "tool_calls": [written]}]
+    assert plain_messages(chat)[1]["tool_calls"] == [expected]
+    assert plain_messages([{**chat[1], "tool_calls": written}])[0]["tool_calls"] == [expected]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}), encoding="utf-8")
+    (record,) = read_records(SourceSpec(str(tmp_path / "a.jsonl")), "messages")
+    assert record.fields["messages"] == plain_messages(chat)
+    assert plain_messages(plain_messages(chat)) == plain_messages(chat)
 
 
 @pytest.mark.parametrize("style", ["llama3", "zephyr", "built-in-gemma"])

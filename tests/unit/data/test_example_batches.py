@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tiny_examples import PairEncoder, Tiny, build, pairs
 
 from trainwright.base.errors import ConfigError, DataError
+from trainwright.data.examples.batches import filler, is_label
 from trainwright.data.examples.checks import padding_share
-from trainwright.data.examples.dataset import ExampleDataset, filler, is_label
+from trainwright.data.examples.dataset import ExampleDataset
 from trainwright.data.examples.example import IGNORE, Encoded, Example, Piece
 
 LENGTHS = [5, 9, 31, 12, 4, 32, 7, 7, 18, 26, 3, 11]

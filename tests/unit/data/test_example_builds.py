@@ -23,6 +23,7 @@ from trainwright.data.examples.intake import held_out
 from trainwright.data.examples.spec import ExampleSpec
 from trainwright.data.spec import TrainTokenizer, ValidationSpec
 from trainwright.data.tokenizers import train_tokenizer
+from trainwright.data.worker_pool import WorkerPool
 
 
 def folders(tmp_path: Path) -> list[str]:
@@ -282,9 +283,6 @@ def test_a_task_may_change_how_its_tokenizer_is_kept(tmp_path: Path) -> None:
 # ---- workers
 
 
-pool = encoding._Pool
-
-
 class Refusing(PairEncoder):
     """Refuses one record."""
 
@@ -302,7 +300,12 @@ class Definition(Tiny):
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "WORTH_SECONDS", 0.0)
     pools = []
-    monkeypatch.setattr(encoding, "_Pool", lambda content, workers: pools.append(workers) or pool(content, workers))
+
+    def counted(job: bytes, workers: int, name: str) -> WorkerPool:
+        pools.append(workers)
+        return WorkerPool(job, workers, name)
+
+    monkeypatch.setattr(encoding, "WorkerPool", counted)
     source = write_records(tmp_path / "records.jsonl", pairs([4 + n % 40 for n in range(2000)]))
     spec = ExampleSpec((source,), tokenizer=TrainTokenizer("char"), sequence_length=32)
     alone = build_examples(spec, Definition(), tmp_path / "one", workers=1, reader=read_lines)

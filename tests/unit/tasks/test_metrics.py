@@ -15,7 +15,6 @@ from trainwright.tasks.metrics.answers import (
     best_threshold,
     exact,
     f1,
-    first_sentence,
     normalize,
     scorer_for,
 )
@@ -317,9 +316,3 @@ def test_which_definition_counts() -> None:
     assert scorer_for(["France", "10th"]).name == "SQuAD"
     assert scorer_for(["战国", "1978", "光荣"]).name == "CMRC 2018"
     assert scorer_for(["战国"], "squad").name == "SQuAD"
-
-
-def test_first_sentences() -> None:
-    assert first_sentence("The U.S. won. It did.") == "The U.S"
-    assert first_sentence("战国无双3。由光荣开发。") == "战国无双3"
-    assert first_sentence("no end") == "no end"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trainwright.base.errors import DataError
 from trainwright.base.faults import fault_point
-from trainwright.data.build import BuildProgress
+from trainwright.data.builder import Progress
 from trainwright.data.corpus import Corpus, list_corpus
 from trainwright.data.documents import SourceSpec
 from trainwright.data.examples.checks import check_bounds
@@ -83,9 +83,6 @@ class ExampleDefinition(Protocol):
     def survey(self, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]: ...
 
     def bind(self, survey: Mapping[str, Any], tokenizer: Tokenizer) -> BoundTask: ...
-
-
-Progress = Callable[[BuildProgress], None]
 
 
 def build_examples(

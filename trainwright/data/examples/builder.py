@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,11 @@ import numpy as np
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.events import emit
 from trainwright.base.faults import fault_point
-from trainwright.data.build import SAMPLE_CHARACTERS, BuildProgress
+from trainwright.data.builder import SAMPLE_CHARACTERS, BuildProgress, Progress
 from trainwright.data.corpus import Corpus, check_unchanged
 from trainwright.data.examples.build import (
     BoundTask,
     ExampleDefinition,
-    Progress,
     ReadRecords,
     as_json,
     prepared,
@@ -138,12 +138,13 @@ class Builder:
         tally, number = Tally(), 0
         batches = _batches(stored_records(self.folder, split))
         try:
-            for records, results in encode_all(bound.encoder, batches, self.workers, read.records):
-                fault_point("examples.encode", split=split, number=number)
-                for record, result in zip(records, results, strict=True):
-                    self._keep(writer, tally, number, record["where"], result)
-                    number += 1
-                self._report(split, number, read.records, number)
+            with closing(encode_all(bound.encoder, batches, self.workers, read.records)) as encoded:
+                for records, results in encoded:
+                    fault_point("examples.encode", split=split, number=number)
+                    for record, result in zip(records, results, strict=True):
+                        self._keep(writer, tally, number, record["where"], result)
+                        number += 1
+                    self._report(split, number, read.records, number)
             writer.finish()
         finally:
             writer.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,14 +103,5 @@ def padding_share(
     count = max(1, min(batches, len(lengths) // batch_rows))
     draws = np.arange(count * min(batch_rows, len(lengths)), dtype=np.int64)
     drawn = lengths[RowOrder(dataset.groups(split), seed)(draws)].reshape(count, -1)
-    return 1 - float(drawn.sum()) / float(sum(_slots(dataset, drawn)))
-
-
-def _slots(dataset: ExampleDataset, drawn: Sequence[np.ndarray] | np.ndarray) -> list[int]:
-    """Slots of each batch."""
-    bound = dataset.sequence_length
-    widths = [
-        bound if dataset.static else min(-(-int(row.max()) // dataset.pad_multiple) * dataset.pad_multiple, bound)
-        for row in drawn
-    ]
-    return [width * len(row) for width, row in zip(widths, drawn, strict=True)]
+    slots = sum(dataset.padding.width(int(row.max()), dataset.sequence_length) * len(row) for row in drawn)
+    return 1 - float(drawn.sum()) / slots

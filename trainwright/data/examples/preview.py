@@ -191,7 +191,7 @@ def _preview_row(
     yield ""
     yield (
         f"--- {title}: {len(pieces)} example{'s' * (len(pieces) != 1)}, {used} tokens"
-        + (f" ({slots - used} padding)" if dataset.static or len(pieces) > 1 else "")
+        + (f" ({slots - used} padding)" if dataset.padding.static or len(pieces) > 1 else "")
         + f", {records[0]['where']}"
         + (" and others" if len(records) > 1 else "")
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainwright.base.text import nearest
+from trainwright.data.chat_messages import plain_call
 from trainwright.data.records.columns import ABSENT, Columns, as_text, describe
 from trainwright.data.records.record import Unusable
 
@@ -65,7 +66,7 @@ def messages_from(chat: Any, column: str, columns: Columns) -> list[dict[str, An
 
 def _one(item: Mapping[str, Any], role: str, content: Any, place: str) -> dict[str, Any]:
     if role == _CALLS:
-        calls = tool_calls(_parsed(content, place), place)
+        calls = _calls(_parsed(content, place), place)
         return {"role": "assistant", "content": "", "tool_calls": calls}
     role = _SYNONYMS.get(role, role)
     if role not in _ROLES:
@@ -80,7 +81,7 @@ def _one(item: Mapping[str, Any], role: str, content: Any, place: str) -> dict[s
         raise Unusable("bad-message", f"{place}.weight is {describe(kept['weight'])}; expected 0 (not trained) or 1")
     written = item.get("tool_calls") or item.get(_CALLS)  # OpenAI's older name has one call
     if written:
-        kept["tool_calls"] = tool_calls(written, place)
+        kept["tool_calls"] = _calls(written, place)
     return {"role": role, "content": _content(content, place, empty_allowed=bool(written)), **kept}
 
 
@@ -115,28 +116,17 @@ def _parsed(value: Any, place: str) -> Any:
         ) from error
 
 
-def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Calls as {"type": "function", "function": {"name", "arguments": object}}, with the id where there is one."""
-    calls = []
+def _calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """The calls of a list, or of one call, in one form."""
     if value == []:
         raise Unusable("bad-tool-call", f"{place} calls nothing; expected an object with name and arguments")
-    for item in value if isinstance(value, list) else [value]:
-        called = item.get("function", item) if isinstance(item, Mapping) else None
-        if not isinstance(called, Mapping) or not isinstance(called.get("name"), str):
+    calls = []
+    for written in value if isinstance(value, list) else [value]:
+        call = plain_call(written)
+        if call is None:
             raise Unusable(
-                "bad-tool-call", f"{place} calls {describe(item)}; expected an object with name and arguments"
+                "bad-tool-call", f"{place} calls {describe(written)}; expected an object with name and arguments"
             )
-        arguments = called.get("arguments", called.get("parameters"))
-        if isinstance(arguments, str):
-            # what a model wrote need not be JSON; templates write text as it stands
-            with contextlib.suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
-        call: dict[str, Any] = {
-            "type": "function",
-            "function": {"name": called["name"], "arguments": {} if arguments in (None, "") else arguments},
-        }
-        if isinstance(item.get("id"), str):
-            call = {"id": item["id"], **call}
         calls.append(call)
     return calls
 

@@ -16,7 +16,6 @@ __all__ = [
     "best_threshold",
     "exact",
     "f1",
-    "first_sentence",
     "normalize",
     "scorer_for",
 ]
@@ -123,9 +122,3 @@ def best_threshold(
         if current > best:
             best, threshold = current, null_scores[key]
     return best / len(has_answer) if has_answer else 0.0, threshold
-
-
-def first_sentence(text: str) -> str:
-    """Up to the first full stop, question or exclamation mark, in Chinese or followed by space: a baseline's answer."""
-    match = re.match(r"\s*(.+?)(?:[。！？]|[.!?](?=\s|$)|\n|$)", text, flags=re.DOTALL)
-    return match[1].strip() if match else text.strip()
