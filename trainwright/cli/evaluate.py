@@ -27,7 +27,9 @@ Format = Annotated[
 ]
 Rows = Annotated[int, typer.Option("--batch-rows", min=1, help="Rows of one forward pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
-Numbers = Annotated[str, typer.Option("--precision", help="fp32 or bf16.")]
+Numbers = Annotated[
+    str | None, typer.Option("--precision", help="fp32, bf16, ... of the forward pass; by default the run's own.")
+]
 Root = Annotated[Path, typer.Option("--dir", help="Folder of all runs (run.dir of the recipe).")]
 
 
@@ -45,7 +47,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as one JSON object.")] = False,
     batch_rows: Rows = 32,
     device: Device = "auto",
-    precision: Numbers = "fp32",
+    precision: Numbers = None,
     root: Root = Path("runs"),
 ) -> None:
     """Judge a finished model: loss, the task's metrics and report."""
@@ -96,7 +98,7 @@ def predict(
     ] = None,
     batch_rows: Rows = 32,
     device: Device = "auto",
-    precision: Numbers = "fp32",
+    precision: Numbers = None,
     root: Root = Path("runs"),
 ) -> None:
     """Write what a finished model predicts, in the task's own format."""
