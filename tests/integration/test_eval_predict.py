@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from trainwright.base.errors import ConfigError
 from trainwright.config import load_recipe
 from trainwright.trainer import Trainer, export_run
 from trainwright.trainer.trained import open_trained
@@ -24,9 +25,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shrunk runs of three recipes in one folder, which holds the examples too."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(REPOSITORY / "examples", folder / "examples")
-    for name in ("trec", "conll2003", "sft-dolly"):
-        # `eval` computes in fp32 where nothing else is said, so its numbers are those of a run in fp32
-        changes = [f"run.dir={folder}", f"run.name={name}", f"data.cache={folder / 'cache'}", "precision=fp32"]
+    for name, precision in (("trec", "bf16"), ("conll2003", "fp32"), ("sft-dolly", "bf16_pure")):
+        changes = [f"run.dir={folder}", f"run.name={name}", f"data.cache={folder / 'cache'}", f"precision={precision}"]
         recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml", changes, smoke=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
@@ -41,12 +41,25 @@ def judged(trainwright: Run, *arguments: str, cwd: Path) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["trec", "conll2003"])
+@pytest.mark.parametrize("name", ["trec", "conll2003", "sft-dolly"])
 def test_eval_says_what_the_run_reported(runs: Path, trainwright: Run, name: str) -> None:
     reported = json.loads((runs / name / "report.json").read_text(encoding="utf-8"))["validation"]
     found = judged(trainwright, name, "--split", "validation", cwd=runs)
     assert found.pop("count") > 0
     assert found == pytest.approx(reported, abs=1e-5, nan_ok=True)
+    if name != "conll2003":
+        other = judged(trainwright, name, "--split", "validation", "--precision", "fp32", cwd=runs)
+        assert other["loss"] != pytest.approx(reported["loss"], abs=1e-7), "another precision was asked for"
+
+
+def test_models_are_opened_in_the_precision_of_their_run(runs: Path) -> None:
+    for name, precision in (("trec", "bf16"), ("conll2003", "fp32"), ("sft-dolly", "bf16_pure")):
+        for folder in (runs / name, runs / name / "model"):
+            assert open_trained(folder).engine.precision.name == precision
+    for precision in ("fp32", "fp16"):
+        assert open_trained(runs / "trec", numbers=precision).engine.precision.name == precision
+    with pytest.raises(ConfigError, match="precision 'fp4' is not one of"):
+        open_trained(runs / "trec", numbers="fp4")
 
 
 def test_eval_of_the_bare_model_folder_on_a_file(runs: Path, trainwright: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from trainwright.base.errors import ConfigError, DataError, DivergedError, ModelError, RunInUseError
 from trainwright.base.faults import InjectedFault
 from trainwright.checkpoint import RunLock, list_checkpoints, load_checkpoint
+from trainwright.cli.runs import show_lines
 from trainwright.config import load_recipe
 from trainwright.monitor import read_history
 from trainwright.trainer import Callback, Trainer, export_run
@@ -179,6 +181,23 @@ def test_early_stopping_ends_the_run_in_order(tiny: Tiny, tmp_path: Path) -> Non
     result = Trainer(recipe).fit()
     assert result.steps == 8
     assert (result.folder / "model" / "config.json").exists()
+    why = r"stopped early at step 8: validation loss has not got better than \d\.\d{4} by more than 10 in 1 evaluation"
+    notice = next(iter(read_history(result.folder / "metrics.jsonl", "notice")))["message"]
+    assert re.fullmatch(why, notice)
+    assert not list(read_history(result.folder / "metrics.jsonl", "warning"))
+    (end,) = read_history(result.folder / "metrics.jsonl", "run.end")
+    assert end["text"].splitlines()[1] == notice
+    assert json.loads((result.folder / "run.json").read_text(encoding="utf-8"))["result"]["stopped_early"] == notice
+    assert any(line.endswith(f"finished, {notice}") for line in show_lines(result.folder))
+
+
+def test_patience_that_ends_with_the_budget_stops_nothing_early(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny(tmp_path)
+    recipe["train"] |= {"steps": 8, "early_stopping": {"patience": 1, "min_delta": 10.0}}
+    folder = Trainer(recipe).fit().folder
+    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["result"]["stopped_early"] is None
+    (end,) = read_history(folder / "metrics.jsonl", "run.end")
+    assert "early" not in end["text"]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "lion", "muon"])

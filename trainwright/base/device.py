@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +33,7 @@ __all__ = [
     "host_memory_limit",
     "measure_matmul_peak",
     "memory_bytes",
+    "openmp_threads",
     "peak_memory_bytes",
 ]
 
@@ -113,6 +115,19 @@ def cpu_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_cpu_quota()
     return max(1, min(cores, int(quota + 0.5))) if quota is not None else cores
+
+
+def openmp_threads(env: Mapping[str, str] | None = None) -> int | None:
+    """Threads of this process that OMP_NUM_THREADS asks for, or None.
+
+    torchrun writes 1 into the environment of several ranks where nobody set it: from there 1 asks for nothing.
+    """
+    env = os.environ if env is None else env
+    first = env.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # further numbers are of nested regions
+    if not first.isdecimal() or int(first) == 0:
+        return None
+    by_torchrun = "TORCHELASTIC_RUN_ID" in env and env.get("LOCAL_WORLD_SIZE", "1") != "1"
+    return None if by_torchrun and int(first) == 1 else int(first)
 
 
 def host_memory_limit() -> int:

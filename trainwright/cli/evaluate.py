@@ -27,7 +27,9 @@ Format = Annotated[
 ]
 Rows = Annotated[int, typer.Option("--batch-rows", min=1, help="Rows of one forward pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
-Numbers = Annotated[str, typer.Option("--precision", help="fp32 or bf16.")]
+Numbers = Annotated[
+    str | None, typer.Option("--precision", help="fp32, bf16, ... of the forward pass; by default the run's own.")
+]
 Root = Annotated[Path, typer.Option("--dir", help="Folder of all runs (run.dir of the recipe).")]
 
 
@@ -35,9 +37,11 @@ def evaluate(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Data to judge on instead of the run's own.")] = None,
     format: Format = None,
-    split: Annotated[str, typer.Option(help="Split of the run's own data: test, validation or train.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Split of the run's own data: test (default), validation or train.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the report, the errors and the confusion matrix as a picture.")
+        Path | None, typer.Option(help="Folder for the metrics, the errors and the confusion matrix as a picture.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Records to write answers for, where the task writes.")
@@ -45,23 +49,43 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as one JSON object.")] = False,
     batch_rows: Rows = 32,
     device: Device = "auto",
-    precision: Numbers = "fp32",
+    precision: Numbers = None,
     root: Root = Path("runs"),
 ) -> None:
     """Judge a finished model: loss, the task's metrics and report."""
+    if data is not None and split is not None:
+        raise ConfigError(
+            f"--split {split} names a part of the run's own data, and --data {data} is judged as a whole",
+            hint="leave out one of them",
+        )
+    if data is None and format is not None:
+        raise ConfigError(
+            "--format says how a file is read, and none is given",
+            hint="give --data FILE: the run's own data is read as its recipe says",
+        )
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; expected a folder", hint="name a folder: it is made where it is not")
+    split = split or "test"
     folder = _folder(model, root)
     from trainwright.trainer.assess import assess
-    from trainwright.trainer.report import write_report
+    from trainwright.trainer.report import write_metrics, write_report
     from trainwright.trainer.trained import open_trained
 
     trained = open_trained(folder, device=device, numbers=precision)
     result = assess(trained, split=split, source=data, format=format, rows=batch_rows, limit=limit)
+    numbers = {"loss": result.loss, **result.metrics}
+    if result.report is None:
+        numbers["perplexity"] = result.perplexity
     if out is not None and result.report is not None:
         write_report(out, Path(data).stem if data else split, result.report, loss=result.loss)
+    elif out is not None:
+        write_metrics(out, Path(data).stem if data else split, numbers)
     if as_json:
-        print(json.dumps({"loss": result.loss, "count": result.tokens, **result.metrics}, ensure_ascii=False))
-    else:
-        print("\n".join(_lines(result, trained.section.counted)))
+        print(json.dumps({"count": result.tokens, **numbers}, ensure_ascii=False))
+        return
+    print("\n".join(_lines(result, trained.section.counted)))
+    if out is not None:
+        print(f"written to {out}")
 
 
 def _folder(model: str, root: Path) -> Path:
@@ -96,7 +120,7 @@ def predict(
     ] = None,
     batch_rows: Rows = 32,
     device: Device = "auto",
-    precision: Numbers = "fp32",
+    precision: Numbers = None,
     root: Root = Path("runs"),
 ) -> None:
     """Write what a finished model predicts, in the task's own format."""
@@ -113,4 +137,5 @@ def predict(
     for line in lines:
         print(line)
     if refused:
-        print(f"{len(refused):,} records could not be used; the first: {refused[0]}", file=sys.stderr)
+        count = "1 record" if len(refused) == 1 else f"{len(refused):,} records"
+        print(f"{count} could not be used; the first: {refused[0]}", file=sys.stderr)

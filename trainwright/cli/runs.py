@@ -104,7 +104,7 @@ def show_lines(path: Path) -> list[str]:
     rows = [
         ("run", run.name),
         ("folder", str(path)),
-        ("status", run.status),
+        ("status", ", ".join(filter(None, (run.status, (info.get("result") or {}).get("stopped_early"))))),
         ("started", run.started),
         ("machine", f"{machine.get('name', '-')}, {machine.get('cores', '-')} cores"),
         ("versions", ", ".join(f"{key} {value}" for key, value in (environment.get("packages") or {}).items())),

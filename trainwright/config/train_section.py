@@ -70,7 +70,7 @@ class TrainSection(Section):
     deterministic: Annotated[bool | Auto, Truth(("auto",))] = "auto"
     """Only deterministic kernels: the same run gives the same bits. auto is true on the CPU, false elsewhere."""
     threads: Annotated[int | Auto, Whole(("auto",), minimum=1)] = "auto"
-    """CPU threads of this process."""
+    """CPU threads of each process; auto is OMP_NUM_THREADS where it is set, else its share of the usable cores."""
     early_stopping: EarlyStoppingSection | None = None
     """Stop when evaluations no longer get better; null trains the whole budget."""
     export: Annotated[Literal["auto", "best", "last"], Words(("auto", "best", "last"))] = "auto"

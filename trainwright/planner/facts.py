@@ -25,6 +25,7 @@ class MachineFacts:
         ranks: processes that train together, each with a device, or a share of the cores, like this one.
         host_bytes: this rank's share of the host's memory; None where that is `memory_bytes`.
         ranks_on_host: those of them that run on one host; None when all do.
+        threads: of one rank, where OMP_NUM_THREADS asks for so many; `peak` was measured with these.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class MachineFacts:
     ranks: int = 1
     host_bytes: int | None = None
     ranks_on_host: int | None = None
+    threads: int | None = None
 
     def shared_by(self, processes: int) -> MachineFacts:
         """What each of so many processes of this host has; these are the facts of one that had it all.
@@ -46,7 +48,8 @@ class MachineFacts:
         shared = replace(self, cores=max(1, self.cores // processes), ranks=processes, ranks_on_host=processes)
         if self.kind != "cpu":
             return replace(shared, host_bytes=None if self.host_bytes is None else self.host_bytes // processes)
-        peak = {name: rate / processes for name, rate in self.peak.items()}
+        share = min(1.0, self.cores / processes / (self.threads or self.cores))
+        peak = {name: rate * share for name, rate in self.peak.items()}
         return replace(shared, memory_bytes=self.memory_bytes // processes, peak=peak)
 
 

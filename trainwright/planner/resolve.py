@@ -37,7 +37,7 @@ def resolve(
     tuning = tuning or TuningFacts()
     precision = ledger.settle("precision", recipe.precision.name, lambda: rules.choose_precision(machine))
     dtype = "fp32" if precision == "fp32" else "bf16"
-    ledger.settle("train.threads", train.threads, lambda: (machine.cores, "all usable cores"))
+    ledger.settle("train.threads", train.threads, lambda: rules.choose_threads(machine))
     ledger.settle("train.deterministic", train.deterministic, lambda: rules.choose_deterministic(machine))
 
     # Computing goes by positions, budgets and losses by what is trained.

@@ -26,6 +26,7 @@ __all__ = [
     "choose_micro_batch",
     "choose_precision",
     "choose_steps",
+    "choose_threads",
     "choose_tokens",
     "choose_vocab_size",
     "choose_warmup",
@@ -55,6 +56,13 @@ def choose_precision(machine: MachineFacts) -> Choice:
     # The measured gain is shown, not used: on a busy machine it wavers, and a run's arithmetic must not waver with it.
     gain = machine.peak["bf16"] / machine.peak["fp32"]
     return "bf16", f"the hardware multiplies bf16, at {gain:.1f}x the rate of fp32 (measured)"
+
+
+def choose_threads(machine: MachineFacts) -> Choice:
+    """What OMP_NUM_THREADS asks for, else all cores that a rank has."""
+    if machine.threads is None or machine.threads == machine.cores:
+        return machine.cores, "all usable cores"
+    return machine.threads, f"OMP_NUM_THREADS={machine.threads}"
 
 
 def choose_vocab_size(tokenizer_size: int) -> Choice:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainwright.base.events import emit
 from trainwright.base.metric_names import less_is_better
 from trainwright.base.protocols import StateDict
 from trainwright.tasks.task import Metric, Task
@@ -82,10 +81,10 @@ class EarlyStopping(Callback):
         """Ask the run to stop once patience is at its end."""
         if self.waited < self.patience:
             return
-        what = "" if self.followed == "loss" else f" of {self.followed}"
-        message = f"early stopping: no improvement on {self.best:.4f}{what} in {self.waited} evaluations"
-        emit("warning", message=message)
-        run.stop_reason = message
+        name = "validation loss" if self.followed == "loss" else self.followed
+        times = "1 evaluation" if self.waited == 1 else f"{self.waited} evaluations"
+        by = f" by more than {self.min_delta:g}" if self.min_delta else ""
+        run.stop_reason = f"{name} has not got better than {self.best:.4f}{by} in {times}"
 
     def state_dict(self) -> StateDict:
         return {"metric": self.followed, "best": self.best, "waited": self.waited}

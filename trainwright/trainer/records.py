@@ -85,6 +85,7 @@ def end_session(run: Run, status: str, *, error: str | None = None) -> None:
         "steps": state.step,
         "tokens": state.tokens,
         "skipped": state.skipped,
+        "stopped_early": run.stopped_early,
         "seconds": state.seconds,
         "validation_loss": run.last_evaluation.loss if run.last_evaluation else None,
         "best_loss": state.best_loss if state.best_step >= 0 else None,
@@ -116,6 +117,8 @@ def _last_words(run: Run, status: str) -> str:
         )
         + f", peak memory {human_bytes(measured['memory_bytes'])}"
     ]
+    if run.stopped_early is not None:
+        lines.append(run.stopped_early)
     if run.last_evaluation is not None and not run.last_evaluation.metrics:
         against = ", ".join(f"{name} {loss:.3f}" for name, loss in run.baselines.items())
         lines.append(

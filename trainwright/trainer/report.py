@@ -11,7 +11,7 @@ from typing import Any
 from trainwright.base.text import align_columns, display_width
 from trainwright.tasks.task import Report, Table
 
-__all__ = ["confusion_svg", "describe_report", "describe_table", "write_report"]
+__all__ = ["confusion_svg", "describe_report", "describe_table", "write_metrics", "write_report"]
 
 CELL, EDGE, LETTER = 44, 16, 8.2  # of the picture, in pixels: a cell's side, the margin, the width of a terminal cell
 
@@ -61,11 +61,21 @@ def write_report(folder: Path, split: str, report: Report, *, loss: float) -> di
         content |= {"labels": list(report.labels), "confusion": [[int(n) for n in row] for row in report.confusion]}
         picture = confusion_svg(report.labels, report.confusion)
         (folder / f"{split}-confusion.svg").write_text(picture, encoding="utf-8")
-    (folder / f"{split}.json").write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / f"{split}.json", content)
     (folder / f"{split}.txt").write_text("\n".join(describe_report(report)) + "\n", encoding="utf-8")
     errors = "".join(json.dumps(_plain(error), ensure_ascii=False) + "\n" for error in report.errors)
     (folder / f"{split}-errors.jsonl").write_text(errors, encoding="utf-8")
     return numbers
+
+
+def write_metrics(folder: Path, split: str, metrics: Mapping[str, float]) -> None:
+    """Write `SPLIT.json` with the metrics of a task that has no report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / f"{split}.json", {"metrics": dict(metrics)})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -44,10 +44,11 @@ __all__ = ["Run"]
 class Run:
     """One run between `build` and its end.
 
-    Attributes that are not parts: `stop_reason` ends the loop early and orderly when a callback sets it; `save_wanted`
-    is set by a callback too, and asks for a checkpoint once all have seen the evaluation; `diverged`
-    holds the reason when the guard says stop; `baselines` are validation losses of counting models on the same tokens;
-    `base` is the model that adapters stand beside, where checkpoints name it instead of holding it.
+    Attributes that are not parts: `stop_reason`, why training need not go on, ends the loop early and orderly when a
+    callback sets it; `save_wanted` is set by a callback too, and asks for a checkpoint once all have seen the
+    evaluation; `diverged` holds the reason when the guard says stop; `baselines` are validation losses of counting
+    models on the same tokens; `base` is the model that adapters stand beside, where checkpoints name it instead of
+    holding it.
     """
 
     loaded: LoadedRecipe
@@ -240,6 +241,13 @@ class Run:
         self.checkpointer.save(self.state.step, self.state_dict(), meta, required=final)
 
     # --- end ---
+
+    @property
+    def stopped_early(self) -> str | None:
+        """Where and why a callback ended the run before its budget did; None where none did."""
+        if self.stop_reason is None or self.state.step >= self.plan.steps:
+            return None
+        return f"stopped early at step {self.state.step:,}: {self.stop_reason}"
 
     def measured(self) -> dict[str, Any]:
         """What the run really cost, to stand beside the prediction."""

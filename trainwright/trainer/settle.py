@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from trainwright.base.device import device_facts, host_memory_limit, measure_matmul_peak
+from trainwright.base.device import device_facts, host_memory_limit, measure_matmul_peak, openmp_threads
 from trainwright.base.events import emit
 from trainwright.base.text import human_bytes
 from trainwright.comm import ALONE, Ranks
@@ -71,7 +71,7 @@ def settle(
     source = model_source(loaded.recipe.model)
     loaded = loaded.resolve(source.task_updates(loaded.recipe.task))
     recipe = loaded.recipe
-    threads = max(1, device_facts().cores // ranks.local_world)
+    threads = openmp_threads() or max(1, device_facts().cores // ranks.local_world)
     torch.set_num_threads(threads if recipe.train.threads == "auto" else recipe.train.threads)
     if device_facts().kind == "cpu":
         tune_cpu_runtime()
@@ -152,6 +152,7 @@ def machine_facts(ranks: Ranks = ALONE) -> MachineFacts:
         ranks=ranks.world,
         host_bytes=host_memory_limit() // ranks.local_world if facts.kind == "cuda" else None,
         ranks_on_host=ranks.local_world,
+        threads=openmp_threads(),
     )
 
 

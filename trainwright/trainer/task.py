@@ -9,6 +9,7 @@ from typing import Any
 from trainwright.base.errors import ConfigError
 from trainwright.comm import Ranks
 from trainwright.config import Recipe
+from trainwright.config.precision_section import PRECISIONS
 from trainwright.config.tasks import TASKS, CausalLMSection, MaskedLMSection, TaskSection
 from trainwright.data import TokenDataset, Tokenizer
 from trainwright.data.examples.dataset import ExampleDataset
@@ -67,6 +68,7 @@ def save_task(recipe: Recipe, dataset: Dataset, folder: Path, ranks: Ranks) -> N
         kept = {
             "task": recipe.task.to_dict(),
             "survey": dataset.survey,
+            "precision": recipe.precision.to_dict(),
             "data": {
                 "sequence_length": recipe.data.sequence_length,
                 "format": recipe.data.format,
@@ -78,7 +80,7 @@ def save_task(recipe: Recipe, dataset: Dataset, folder: Path, ranks: Ranks) -> N
 
 
 def load_task(folder: Path) -> dict[str, Any] | None:
-    """What `save_task` wrote, the task's section read back; None where it wrote nothing."""
+    """What `save_task` wrote, the sections of task and precision read back; None where it wrote nothing."""
     path = folder / TASK_FILE
     if not path.is_file():
         return None
@@ -86,4 +88,7 @@ def load_task(folder: Path) -> dict[str, Any] | None:
     name = kept["task"]["name"]
     if name not in TASKS:
         raise ConfigError(f"{path}: no task is called {name!r}", hint=f"known: {', '.join(TASKS)}")
-    return {**kept, "task": TASKS[name](**kept["task"])}
+    sections: dict[str, Any] = {"task": TASKS[name](**kept["task"])}
+    if "precision" in kept:  # older folders do not say it
+        sections["precision"] = PRECISIONS[kept["precision"]["name"]](**kept["precision"])
+    return {**kept, **sections}

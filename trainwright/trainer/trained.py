@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ import torch
 
 from trainwright.base.device import chosen_device
 from trainwright.base.errors import ConfigError
-from trainwright.config import LoadedRecipe, load_recipe
+from trainwright.comm import ALONE
+from trainwright.config import LoadedRecipe, PrecisionSection, load_recipe
+from trainwright.config.precision_section import PRECISIONS, FP32Precision
 from trainwright.config.tasks import TaskSection
 from trainwright.data import Tokenizer, load_tokenizer
 from trainwright.engine import Engine, precision
+from trainwright.engine.assemble import hold
 from trainwright.models import load_pretrained
 from trainwright.trainer.run_folder import RunFolder
 from trainwright.trainer.task import define_task, load_task
@@ -76,11 +79,13 @@ class Trained:
         return self.shape is not None
 
 
-def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32") -> Trained:
+def open_trained(path: str | Path, *, device: str = "auto", numbers: str | None = None) -> Trained:
     """Open a run folder that has finished, or a model folder that a run exported.
 
     Args:
-        device: see `chosen_device`. numbers: precision of the forward pass, as recipes name it.
+        device: see `chosen_device`.
+        numbers: precision of the forward pass, as recipes name it; None is that of the run, fp32 where a model folder
+            does not say it.
 
     Raises:
         ConfigError: there is no finished model, nothing says what its task is, or the device is not there.
@@ -103,8 +108,8 @@ def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32
         assert recipe is not None
         kept = {"task": recipe.recipe.task, "survey": {}, "data": {}}
     data = kept["data"]
-    model = load_pretrained(folder, dtype=torch.float32)
-    engine = Engine(model.to(chosen_device(device)), None, multiplier=lambda step: 0.0, precision=precision(numbers))
+    section = recipe.recipe.precision if recipe is not None else kept.get("precision", FP32Precision())
+    engine = _engine(folder, chosen_device(device), section if numbers is None else _named(numbers))
     length = data.get("sequence_length") or (recipe.recipe.data.sequence_length if recipe is not None else 512)
     return Trained(
         folder=folder,
@@ -117,3 +122,19 @@ def open_trained(path: str | Path, *, device: str = "auto", numbers: str = "fp32
         tokenizer=load_tokenizer(folder),
         engine=engine,
     )
+
+
+def _named(name: str) -> PrecisionSection:
+    """The precision of that name, its details left at their defaults."""
+    return PRECISIONS[precision(name).name](name=name)
+
+
+def _engine(folder: Path, device: torch.device, section: PrecisionSection) -> Engine:
+    """An engine without optimizer around the model of a folder, held and computing as a run with this precision did.
+
+    Linear layers of fp8 multiply in bf16: what exchanges them is made for training.
+    """
+    policy = replace(precision(section.name), scales_loss=False)  # there is no backward pass
+    model = load_pretrained(folder, dtype=torch.float32).to(device)
+    hold(model, policy, section, replace(ALONE, device=device))
+    return Engine(model, None, multiplier=lambda step: 0.0, precision=policy)

@@ -160,6 +160,8 @@ class Trainer:
                 )
             if (due.save or run.save_wanted) and state.step < plan.steps:
                 run.save()
+        if run.stopped_early is not None:
+            emit("notice", message=run.stopped_early)
 
     def _refuse_unknown_metrics(self, run: Run) -> None:
         """Metrics that the recipe names must be the task's: known by an evaluation before the first step, not after

@@ -55,6 +55,37 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
     return captured.out if code == 0 else captured.err
 
 
+def test_a_language_model_is_judged_and_its_numbers_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    told = output(capsys, "eval", "tiny", "--split", "validation", "--out", "报告")
+    assert "perplexity" in told
+    assert told.endswith("written to 报告\n")
+    stored = json.loads(Path("报告/validation.json").read_text(encoding="utf-8"))["metrics"]
+    text = json.dumps({"text": "the quick brown fox 狐狸 " * 20}, ensure_ascii=False)
+    Path("数据.jsonl").write_text(text + "\n", encoding="utf-8")
+    printed = json.loads(output(capsys, "eval", "tiny", "--data", "数据.jsonl", "--out", "报告", "--json"))
+    assert json.loads(Path("报告/数据.json").read_text(encoding="utf-8"))["metrics"]["loss"] == printed["loss"]
+    assert set(stored) == {"loss", "perplexity"} == set(printed) - {"count"}
+    run = json.loads(Path("runs/tiny/run.json").read_text(encoding="utf-8"))["result"]
+    assert stored["loss"] == pytest.approx(run["validation_loss"], abs=0.5), "of the same rows, all of them"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--data", "texts/1.txt", "--split", "validation"), "is judged as a whole"),
+        (("--format", "auto"), "--format says how a file is read, and none is given"),
+        (("--data", "texts/1.txt", "--out", "tiny.yaml"), "--out tiny.yaml is a file"),
+        (("--split", "dev"), "no split 'dev'"),
+    ],
+)
+def test_options_of_eval_that_do_not_go_together(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], reason: str
+) -> None:
+    told = output(capsys, "eval", "tiny", *arguments, code=2)
+    assert reason in told
+    assert "  -> " in told
+
+
 def test_the_run_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "finished" in output(capsys, "runs", "list")
     text = output(capsys, "runs", "show", "tiny")

@@ -71,6 +71,17 @@ def test_every_auto_of_a_bare_recipe_is_settled_and_the_result_loads() -> None:
     assert all(decision.reason for decision in plan.decisions)
 
 
+def test_threads_follow_the_environment_and_explicit_values_are_strongest() -> None:
+    def threads(machine: MachineFacts, **train: object) -> tuple[object, str] | None:
+        found = [(d.value, d.reason) for d in plan_of(machine, train=train).decisions if d.key == "train.threads"]
+        return found[0] if found else None
+
+    assert threads(MACHINE) == (2, "all usable cores")
+    assert threads(replace(MACHINE, threads=1)) == (1, "OMP_NUM_THREADS=1")
+    assert threads(replace(MACHINE, threads=2)) == (2, "all usable cores")
+    assert threads(replace(MACHINE, threads=1), threads=2) is None, "nothing is decided where the recipe says it"
+
+
 def test_resolving_twice_changes_nothing() -> None:
     loaded = load_recipe(
         {"model": {"preset": "llama-15m"}, "data": {"source": "python-stdlib", "sequence_length": 256}}

@@ -64,10 +64,14 @@ def test_early_stopping_goes_by_the_metric_of_the_task_and_its_direction(tmp_pat
     rising = [{"f1": 0.5, "loss": 1.0}, {"f1": 0.6, "loss": 2.0}, {"f1": 0.7, "loss": 3.0}, {"f1": 0.6, "loss": 0.1}]
     run = run_of(tmp_path)
     assert stopped_after(EarlyStopping(patience=1), run, rising) == 4
-    assert "no improvement on 0.7000 of f1" in run.stop_reason
+    assert run.stop_reason == "f1 has not got better than 0.7000 in 1 evaluation"
     assert stopped_after(EarlyStopping(patience=1, metric="loss"), run_of(tmp_path), rising) == 2
-    assert stopped_after(EarlyStopping(patience=2, metric="loss"), run_of(tmp_path), rising) == 3
-    assert stopped_after(EarlyStopping(patience=1, min_delta=0.2), run_of(tmp_path), rising) == 2
+    by_loss = run_of(tmp_path)
+    assert stopped_after(EarlyStopping(patience=2, metric="loss"), by_loss, rising) == 3
+    assert by_loss.stop_reason == "validation loss has not got better than 1.0000 in 2 evaluations"
+    demanding = run_of(tmp_path)
+    assert stopped_after(EarlyStopping(patience=1, min_delta=0.2), demanding, rising) == 2
+    assert demanding.stop_reason == "f1 has not got better than 0.5000 by more than 0.2 in 1 evaluation"
 
 
 def test_without_a_metric_of_its_own_a_task_goes_by_the_loss(tmp_path: Path) -> None:
