@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from trainwright.base.errors import DataError
 from trainwright.base.faults import fault_point
 from trainwright.data.builder import Builder, Progress
+from trainwright.data.chosen_tokenizer import given_tokenizer
 from trainwright.data.corpus import Corpus, list_corpus
 from trainwright.data.dataset import TokenDataset
 from trainwright.data.exclusive import building
@@ -38,7 +39,7 @@ def prepare_dataset(
 ) -> TokenDataset:
     """The dataset of `spec`: opened at once if `cache_dir` holds it, built there otherwise."""
     corpus = list_corpus(spec)
-    tokenizer = _given_tokenizer(spec)
+    tokenizer = given_tokenizer(spec.tokenizer)
     key = dataset_key(spec, corpus, tokenizer)
     name = re.sub(r"[^\w.-]+", "-", Path(spec.sources[0].label).stem).strip("-.")[:40] or "data"
     folder = Path(cache_dir) / f"{name}-{key[:16]}"
@@ -58,19 +59,8 @@ def build_dataset(
         DataError: the text is missing, empty or malformed, `out_dir` holds something else, or the disk is full.
     """
     corpus = list_corpus(spec)
-    tokenizer = _given_tokenizer(spec)
+    tokenizer = given_tokenizer(spec.tokenizer)
     return _build(spec, corpus, tokenizer, dataset_key(spec, corpus, tokenizer), Path(out_dir), workers, progress)
-
-
-def _given_tokenizer(spec: BuildSpec) -> Tokenizer | None:
-    """The tokenizer that need not be trained."""
-    if isinstance(spec.tokenizer, TrainTokenizer):
-        return None
-    if isinstance(spec.tokenizer, str):
-        from trainwright.data.tokenizers import load_tokenizer
-
-        return load_tokenizer(spec.tokenizer)
-    return spec.tokenizer
 
 
 def dataset_key(spec: BuildSpec, corpus: Corpus, tokenizer: Tokenizer | None) -> str:

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainwright.base.errors import ConfigError
+from trainwright.data.chosen_tokenizer import trained_tokenizer
 from trainwright.data.corpus import Corpus, Segment, check_unchanged, decide_splits, read_segments, training_texts
 from trainwright.data.encoding import Framing, encode_all
 from trainwright.data.finish import finish_dataset
@@ -23,14 +25,12 @@ from trainwright.data.writing import TokenWriter
 if TYPE_CHECKING:
     from trainwright.data.tokenizers import Tokenizer
 
-__all__ = ["SAMPLE_CHARACTERS", "BuildProgress", "Builder", "Progress"]
+__all__ = ["BuildProgress", "Builder", "Progress"]
 
 BATCH_CHARACTERS = 1 << 19  # what a worker gets at a time: about 0.2 s of work, so that the last ones end together
 BATCH_SEGMENTS = 4096
 # Below this much text, starting processes costs more than it saves.
 FEWEST_BYTES_PER_WORKER = 4 << 20
-# Text a BPE tokenizer learns from. More changes hardly any of the first 50,000 merges.
-SAMPLE_CHARACTERS = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Builder:
         corpus: Corpus,
         tokenizer: Tokenizer | None,
         key: str,
-        partial: Path,
+        folder: Path,
         workers: int | None,
         progress: Progress | None,
     ) -> None:
@@ -65,7 +65,7 @@ class Builder:
         self.corpus = corpus
         self.given = tokenizer
         self.key = key
-        self.partial = partial
+        self.partial = folder
         wanted = default_workers() if workers is None else workers
         if wanted < 1:
             raise ConfigError(f"workers is {wanted}; expected at least 1")
@@ -104,7 +104,7 @@ class Builder:
 
     def _tokenizer(self) -> Tokenizer:
         """The tokenizer, saved in the dataset's folder: given, trained now, or trained by the build that was killed."""
-        from trainwright.data.tokenizers import load_tokenizer, train_tokenizer
+        from trainwright.data.tokenizers import load_tokenizer
 
         folder = self.partial / "tokenizer"
         if folder.exists():
@@ -112,18 +112,8 @@ class Builder:
         tokenizer = self.given
         if tokenizer is None:
             assert isinstance(self.spec.tokenizer, TrainTokenizer)
-            training = self.spec.tokenizer
             self._report("tokenizer", 0, None)
-            # every character and word must be seen to be counted; merges need only a sample
-            merges = training.kind in ("bpe", "wordpiece")
-            texts = training_texts(self.corpus, SAMPLE_CHARACTERS if merges else None)
-            tokenizer = train_tokenizer(
-                training.kind,
-                None if training.kind == "char" else training.vocab_size,
-                texts,
-                min_frequency=training.min_frequency,
-                lowercase=training.lowercase,
-            )
+            tokenizer = trained_tokenizer(self.spec.tokenizer, partial(training_texts, self.corpus))
         scratch = self.partial / "tokenizer.new"
         shutil.rmtree(scratch, ignore_errors=True)
         tokenizer.save(scratch)

@@ -18,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainwright.base.errors import ConfigError, DataError
+from trainwright.data.chosen_tokenizer import SAMPLE_CHARACTERS, trained_tokenizer
 from trainwright.data.readers import SourceSpec, list_shards, read_shard
+from trainwright.data.spec import TrainTokenizer
 from trainwright.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, parallelism, train_tokenizer
 
 SAMPLES = [
@@ -475,3 +477,17 @@ def test_stories260k_tokenizer(shared_data: Callable[[str], Path]) -> None:
     # the pieces of "Once upon a time" as llama2.c's own tables give them
     assert [tokenizer.token(i) for i in tokenizer.encode("Once upon a time")][:2] == ["▁Once", "▁upon"]
     assert tokenizer.decode(tokenizer.encode("中文 😀\n\tx")) == "中文 😀\n\tx"
+
+
+@pytest.mark.parametrize(("kind", "sampled"), [("bpe", True), ("wordpiece", True), ("word", False), ("char", False)])
+def test_only_merges_are_learnt_from_a_sample(kind: Any, sampled: bool) -> None:
+    asked = []
+
+    def texts(limit: int | None) -> list[str]:
+        asked.append(limit)
+        return ["one 一 two 二"] * 3
+
+    tokenizer = trained_tokenizer(TrainTokenizer(kind, 300), texts, ["<mark>"])
+    assert asked == [SAMPLE_CHARACTERS if sampled else None]
+    assert "<mark>" in [tokenizer.token(number) for number in range(tokenizer.vocab_size)]
+    assert tokenizer.unk_id not in tokenizer.encode("二")

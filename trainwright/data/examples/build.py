@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from trainwright.base.errors import DataError
 from trainwright.base.faults import fault_point
 from trainwright.data.builder import Progress
+from trainwright.data.chosen_tokenizer import given_tokenizer
 from trainwright.data.corpus import Corpus, list_corpus
 from trainwright.data.documents import SourceSpec
 from trainwright.data.examples.checks import check_bounds
@@ -107,7 +108,7 @@ def build_examples(
         ConfigError: rows cannot be packed as asked.
     """
     corpus = list_corpus(_listing(spec, definition.shape))
-    tokenizer = given_tokenizer(spec)
+    tokenizer = given_tokenizer(spec.tokenizer)
     key = example_key(spec, definition, corpus, tokenizer)
     name = re.sub(r"[^\w.-]+", "-", Path(spec.train[0].label).stem).strip("-.")[:40] or "data"
     stem = Path(out) if out is not None else Path(cache_dir) / f"{name}-{key[:12]}"
@@ -145,17 +146,6 @@ def sides(source: SourceSpec, shape: str) -> tuple[SourceSpec, ...]:
     from trainwright.data.records.parallel import is_parallel, parallel_sources
 
     return parallel_sources(source) if is_parallel(source) else (source,)
-
-
-def given_tokenizer(spec: ExampleSpec) -> Tokenizer | None:
-    """The tokenizer that need not be trained."""
-    if isinstance(spec.tokenizer, TrainTokenizer):
-        return None
-    if isinstance(spec.tokenizer, str):
-        from trainwright.data.tokenizers import load_tokenizer
-
-        return load_tokenizer(spec.tokenizer)
-    return spec.tokenizer
 
 
 def special_tokens(definition: ExampleDefinition) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ import numpy as np
 from trainwright.base.errors import ConfigError, DataError
 from trainwright.base.events import emit
 from trainwright.base.faults import fault_point
-from trainwright.data.builder import SAMPLE_CHARACTERS, BuildProgress, Progress
+from trainwright.data.builder import BuildProgress, Progress
+from trainwright.data.chosen_tokenizer import trained_tokenizer
 from trainwright.data.corpus import Corpus, check_unchanged
 from trainwright.data.examples.build import (
     BoundTask,
@@ -97,26 +98,14 @@ class Builder:
 
     def _tokenizer(self) -> Tokenizer:
         """The tokenizer, saved in the folder: given, or trained on the texts of the training records."""
-        from trainwright.data.tokenizers import train_tokenizer
-
         tokenizer = self.given
         if tokenizer is None:
             assert isinstance(self.spec.tokenizer, TrainTokenizer)
-            training = self.spec.tokenizer
             self._report("tokenizer", 0, 1, 0)
             records = stored_records(self.folder, "train")
             of_record = getattr(self.definition, "texts", partial(record_texts, self.definition.shape))
             texts = (text for one in records for text in of_record(one))
-            # every character or word must be seen to be counted; merges need only a sample
-            merges = training.kind in ("bpe", "wordpiece")
-            tokenizer = train_tokenizer(
-                training.kind,
-                None if training.kind == "char" else training.vocab_size,
-                _first(texts, SAMPLE_CHARACTERS) if merges else texts,
-                added=special_tokens(self.definition),
-                min_frequency=training.min_frequency,
-                lowercase=training.lowercase,
-            )
+            tokenizer = trained_tokenizer(self.spec.tokenizer, partial(_first, texts), special_tokens(self.definition))
         tokenizer = prepared(self.definition, tokenizer)
         tokenizer.save(self.folder / "tokenizer")
         return tokenizer
@@ -247,8 +236,11 @@ def _batches(records: Iterator[Mapping[str, Any]]) -> Iterator[list[Mapping[str,
         yield batch
 
 
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Texts from the beginning, until there are so many characters."""
+def _first(texts: Iterable[str], characters: int | None) -> Iterator[str]:
+    """Texts from the beginning, until there are so many characters; None: all."""
+    if characters is None:
+        yield from texts
+        return
     left = characters
     for text in texts:
         if left <= 0:
