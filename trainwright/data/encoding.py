@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], flags: Sequence[int], fra
 
 def encode_all(
     tokenizer: Tokenizer, folder: Path, framing: Framing, batches: Iterable[Sequence[Segment]], workers: int
-) -> Iterator[tuple[Sequence[Segment], Encoded]]:
+) -> Generator[tuple[Sequence[Segment], Encoded], None, None]:
     """Batches and their tokens, in order, each as soon as it and those before it are tokenized.
 
     Args:

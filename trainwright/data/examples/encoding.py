@@ -9,7 +9,7 @@ import io
 import itertools
 import pickle
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,7 +68,7 @@ class _NoMain(pickle.Unpickler):
 
 def encode_all(
     encoder: ExampleEncoder, batches: Iterator[Sequence[Record]], workers: int, records: int
-) -> Iterator[tuple[Sequence[Record], list[Result]]]:
+) -> Generator[tuple[Sequence[Record], list[Result]], None, None]:
     """Batches and what their records become, in order.
 
     The first batches are encoded here and timed; workers are started for the rest where that would take long.
