@@ -25,7 +25,7 @@ CALLS_THAT_RUN_DATA = {
     "os.system": "use subprocess.run with a list",
 }
 MODULES_THAT_RUN_DATA = {"pickle", "cPickle", "dill", "shelve", "marshal", "joblib", "cloudpickle"}
-PIPES_TO_OWN_PROCESSES = {"data/examples/encoding.py"}
+PIPES_TO_OWN_PROCESSES = {"data/worker_pool.py"}
 """Files that pickle: only through pipes to processes that they start themselves, never from a file."""
 MAY_PRINT = {"cli", "monitor"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +78,7 @@ def encode_all(
         for batch in batches:
             yield batch, encode(tokenizer, *_texts_and_flags(batch), framing)
         return
-    job = pickle.dumps(_Tokenizing(str(folder), tokenizer.fingerprint, framing))
+    job = _Tokenizing(str(folder), tokenizer.fingerprint, framing)
     with WorkerPool(job, workers, "a tokenizing process") as pool:
         yield from pool.map(batches, _texts_and_flags)
 

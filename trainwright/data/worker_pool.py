@@ -8,6 +8,7 @@ dies is noticed at once. A worker ends when its input does, so none outlives the
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import queue
@@ -26,7 +27,7 @@ from typing import IO, Any, TypeVar
 
 from trainwright.base.errors import DataError, TrainwrightError
 
-__all__ = ["WorkerPool"]
+__all__ = ["WorkerPool", "portable"]
 
 Batch = TypeVar("Batch")
 
@@ -34,16 +35,34 @@ _HEAD = struct.Struct("<Q")
 _MAIN = "from trainwright.data.worker_pool import worker_main; worker_main()"
 
 
+def portable(job: Callable[[Any], Any]) -> bool:
+    """Whether a worker can do this job: it can be pickled, and nothing of it lives in the caller's script, which
+    workers do not import."""
+    try:
+        _NoMain(io.BytesIO(_packed(job))).load()
+    except Exception:  # pickling raises what the classes raise
+        return False
+    return True
+
+
+class _NoMain(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__main__":
+            raise pickle.UnpicklingError(f"{name} is of the caller's script")
+        return super().find_class(module, name)
+
+
 class WorkerPool:
     """`workers` processes, each fed by one thread at a time. Use as a context manager: an error kills the workers.
 
     Args:
-        job: the pickled callable that makes an answer of a request. Its module must be importable.
+        job: makes an answer of a request. Workers get it pickled and import its module: it must be `portable`.
         name: what messages call a worker: "a tokenizing process".
     """
 
-    def __init__(self, job: bytes, workers: int, name: str) -> None:
-        self._workers = [_Worker(job, name) for _ in range(workers)]
+    def __init__(self, job: Callable[[Any], Any], workers: int, name: str) -> None:
+        content = _packed(job)
+        self._workers = [_Worker(content, name) for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)

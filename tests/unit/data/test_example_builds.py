@@ -301,7 +301,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(encoding, "WORTH_SECONDS", 0.0)
     pools = []
 
-    def counted(job: bytes, workers: int, name: str) -> WorkerPool:
+    def counted(job: Any, workers: int, name: str) -> WorkerPool:
         pools.append(workers)
         return WorkerPool(job, workers, name)
 

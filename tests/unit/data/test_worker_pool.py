@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trainwright.base.errors import ConfigError, DataError
-from trainwright.data.worker_pool import WorkerPool
+from trainwright.data.worker_pool import WorkerPool, portable
 
 
 def answer(request: tuple[str, Any]) -> Any:
@@ -32,9 +32,6 @@ def answer(request: tuple[str, Any]) -> Any:
     return value, os.getpid()
 
 
-JOB = pickle.dumps(answer)
-
-
 def gone(pid: int) -> bool:
     path = Path(f"/proc/{pid}/stat")
     if not Path("/proc/self/stat").exists():
@@ -42,9 +39,18 @@ def gone(pid: int) -> bool:
     return not path.exists()
 
 
+def test_jobs_of_the_callers_script_are_not_portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert portable(answer)
+    assert portable(partial(answer, ("say", 1)))
+    assert not portable(lambda request: request)
+    monkeypatch.setattr(answer, "__module__", "__main__")
+    monkeypatch.setattr("__main__.answer", answer, raising=False)
+    assert not portable(answer)
+
+
 def test_answers_come_in_order_from_all_workers_which_end_with_the_pool() -> None:
     batches = [("sleep", 0.2), *(("say", number) for number in range(20))]
-    with WorkerPool(JOB, 2, "a tested process") as pool:
+    with WorkerPool(answer, 2, "a tested process") as pool:
         found = list(pool.map(batches, lambda batch: batch))
         pids = {worker.process.pid for worker in pool._workers}
     assert [batch for batch, _ in found] == batches
@@ -62,13 +68,13 @@ def test_batches_are_read_as_they_are_needed() -> None:
             read.append(number)
             yield ("say", number)
 
-    with WorkerPool(JOB, 2, "a tested process") as pool:
+    with WorkerPool(answer, 2, "a tested process") as pool:
         next(pool.map(batches(), lambda batch: batch))
     assert read == [0, 1, 2, 3, 4]  # two a worker, and the one whose answer is given
 
 
 def test_errors_of_a_job_are_raised_here_and_the_worker_goes_on() -> None:
-    with WorkerPool(JOB, 1, "a tested process") as pool:
+    with WorkerPool(answer, 1, "a tested process") as pool:
         with pytest.raises(ConfigError) as refused:
             pool.submit(("refuse", "not this")).result()
         assert (refused.value.message, refused.value.hint) == ("not this", "do something else")
@@ -80,19 +86,19 @@ def test_errors_of_a_job_are_raised_here_and_the_worker_goes_on() -> None:
 
 
 def test_a_dead_worker_is_named() -> None:
-    with WorkerPool(JOB, 1, "a tested process") as pool:
+    with WorkerPool(answer, 1, "a tested process") as pool:
         waiting = pool.submit(("sleep", 60.0))
         os.kill(pool._workers[0].process.pid, signal.SIGKILL)
         with pytest.raises(DataError, match="a tested process was killed by SIGKILL") as killed:
             waiting.result()
     assert killed.value.hint == "if memory ran out, lower data.workers"
-    with WorkerPool(JOB, 1, "a tested process") as pool, pytest.raises(DataError, match="ended with exit code 3"):
+    with WorkerPool(answer, 1, "a tested process") as pool, pytest.raises(DataError, match="ended with exit code 3"):
         pool.submit(("exit", 3)).result()
 
 
 def test_an_error_here_kills_workers_at_work() -> None:
     began = time.monotonic()
-    pool = WorkerPool(JOB, 2, "a tested process")
+    pool = WorkerPool(answer, 2, "a tested process")
     pids = [worker.process.pid for worker in pool._workers]
     with pytest.raises(KeyError), pool:
         raise keeping_busy(pool)

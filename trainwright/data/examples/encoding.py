@@ -5,9 +5,7 @@ An encoder that cannot be pickled, or whose class lives in the caller's script, 
 
 from __future__ import annotations
 
-import io
 import itertools
-import pickle
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +14,9 @@ from typing import Any
 
 from trainwright.base.errors import DataError
 from trainwright.data.examples.example import Encoded, ExampleEncoder
-from trainwright.data.worker_pool import WorkerPool
+from trainwright.data.worker_pool import WorkerPool, portable
 
-__all__ = ["Refusal", "encode_all", "encode_batch", "portable"]
+__all__ = ["Refusal", "encode_all", "encode_batch"]
 
 Record = Mapping[str, Any]
 BATCH_RECORDS = 256
@@ -49,23 +47,6 @@ def encode_batch(encoder: ExampleEncoder, records: Sequence[Record]) -> list[Res
     return results
 
 
-def portable(encoder: ExampleEncoder) -> bytes | None:
-    """A worker's job with this encoder, pickled, or None where the encoder has to stay in this process."""
-    try:
-        content = pickle.dumps(partial(encode_batch, encoder), protocol=pickle.HIGHEST_PROTOCOL)
-        _NoMain(io.BytesIO(content)).load()
-    except Exception:  # pickling raises what the classes raise; staying here is always right
-        return None
-    return content
-
-
-class _NoMain(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "__main__":
-            raise pickle.UnpicklingError(f"{name} is of the caller's script")
-        return super().find_class(module, name)
-
-
 def encode_all(
     encoder: ExampleEncoder, batches: Iterator[Sequence[Record]], workers: int, records: int
 ) -> Generator[tuple[Sequence[Record], list[Result]], None, None]:
@@ -82,8 +63,8 @@ def encode_all(
         yield batch, encode_batch(encoder, batch)
         done += len(batch)
     left = (time.perf_counter() - began) * (records - done) / max(done, 1)
-    job = portable(encoder) if workers > 1 and left > WORTH_SECONDS else None
-    if job is None:
+    job = partial(encode_batch, encoder)
+    if workers == 1 or left <= WORTH_SECONDS or not portable(job):
         for batch in batches:
             yield batch, encode_batch(encoder, batch)
         return
