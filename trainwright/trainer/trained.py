@@ -30,8 +30,22 @@ class Reading:
     """How records are read: see `data.format`, `data.columns` and the keys beside them."""
 
     format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | int] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_file(self, format: str | None, columns: Mapping[str, str] | None = None) -> Reading:
+        """How another file is read.
+
+        Args:
+            format: of it; then its encoding and scheme are its own too, and a column that the training data had and it
+                lacks is looked for by its usual names. None reads it as the training data was read.
+            columns: its own, in place of those of the training data; it must have them.
+        """
+        own = {**self.columns, **(columns or {})}
+        if format is None:
+            return Reading(self.format, own, self.more)
+        labels = {key: value for key, value in self.more.items() if key in ("names", "separator")}
+        return Reading(format, own, {**labels, "optional": sorted(set(self.columns) - set(columns or ()))})
 
 
 @dataclass(frozen=True)
