@@ -210,6 +210,7 @@ def test_what_cannot_be_judged_says_why(runs: Path, trainwright: Run, tmp_path: 
         (("predict", str(runs / "trec"), str(tmp_path / "none.jsonl")), "none.jsonl"),
         (("predict", str(runs / "trec"), "-", "--device", "gpu"), "no device 'gpu'"),
         (("eval", "trek"), "Did you mean 'trec'?"),
+        (("predict", "trec", str(SAMPLES / "reviews.tsv")), "read as label_text, like the training data"),
         (("predict", "trec", str(tmp_path / "none.jsonl")), "none.jsonl"),
         (("predict", "trec", questions, "--out", "x", "--to", "conll"), "(labelled) is written as labelled, "),
     ):

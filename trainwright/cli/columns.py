@@ -18,6 +18,7 @@ ColumnOption = Annotated[
     typer.Option("--column", help="KEY=COLUMN: what a column of the data is, as data.columns; may be given again."),
 ]
 
+_SKIPPING = re.compile(r",? or set data\.on_error: skip[^,;]*")
 _SETTING = re.compile(r"(\b(?:write|set) )?\bdata\.(\w+): (\{[^{}]*\}|\[[^][]*\]|[\w-]+)")
 
 
@@ -31,7 +32,7 @@ def columns_of(given: Sequence[str] | None) -> dict[str, str]:
 
 @contextmanager
 def told_by_options(options: Mapping[str, str]) -> Iterator[None]:
-    """Hints of errors inside name the options of a command in place of keys of a recipe.
+    """Errors inside name the options of a command in place of keys of a recipe, and advise nothing that it cannot do.
 
     Args:
         options: key of the section `data` to the option that is the same: {"columns": "--column"}.
@@ -51,7 +52,8 @@ def told_by_options(options: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError) as error:
-        told = None if error.hint is None else _SETTING.sub(option, error.hint)
-        if told == error.hint:
-            raise
-        raise type(error)(error.message, hint=told) from error
+        hint = error.hint or ""
+        if "on_error" not in options:
+            hint = _SKIPPING.sub("", hint)
+        message = error.message.replace("data.columns names", f"{options['columns']} names")
+        raise type(error)(message, hint=_SETTING.sub(option, hint) or None) from error

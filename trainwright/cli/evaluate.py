@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainwright.base.errors import ConfigError
+from trainwright.base.errors import ConfigError, DataError
 from trainwright.cli.columns import ColumnOption, columns_of, told_by_options
 from trainwright.cli.run_folder import find_run
 
 if TYPE_CHECKING:
     from trainwright.trainer.evaluation import Evaluation
+    from trainwright.trainer.trained import Trained
 
 __all__ = ["evaluate", "predict"]
 
@@ -77,7 +80,7 @@ def evaluate(
     from trainwright.trainer.trained import open_trained
 
     trained = open_trained(folder, device=device, numbers=precision)
-    with told_by_options(_OPTIONS):
+    with told_by_options(_OPTIONS), _advising_auto(trained, format):
         result = assess(trained, split=split, source=data, format=format, columns=columns, rows=batch_rows, limit=limit)
     numbers = {"loss": result.loss, **result.metrics}
     if result.report is None:
@@ -97,6 +100,19 @@ def evaluate(
 def _folder(model: str, root: Path) -> Path:
     """What is meant: a folder as it is, else a run by its name."""
     return Path(model) if Path(model).is_dir() else find_run(model, root)
+
+
+@contextmanager
+def _advising_auto(trained: Trained, format: str | None) -> Iterator[None]:
+    """Errors of files that are read in the format that the recipe of the run names say that there are others."""
+    try:
+        yield
+    except DataError as error:
+        named = trained.reading.format
+        if format is not None or named == "auto":
+            raise
+        other = f"the file was read as {named}, like the training data; where it is of another format, --format auto"
+        raise DataError(error.message, hint="; ".join(filter(None, (error.hint, other)))) from error
 
 
 def _lines(result: Evaluation, counted: str) -> list[str]:
@@ -141,7 +157,7 @@ def predict(
     from trainwright.trainer.trained import open_trained
 
     trained = open_trained(folder, device=device, numbers=precision)
-    with told_by_options(_OPTIONS):
+    with told_by_options(_OPTIONS), _advising_auto(trained, format):
         lines, refused = predict_file(
             trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin, format=format, columns=columns
         )

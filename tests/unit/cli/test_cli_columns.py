@@ -41,3 +41,12 @@ def test_hints_name_options(hint: str | None, told: str | None) -> None:
     with pytest.raises(DataError, match="no column") as caught, told_by_options(OPTIONS):
         raise DataError("a.jsonl:1: no column", hint=hint)
     assert caught.value.hint == told
+
+
+def test_what_a_command_cannot_do_is_not_advised() -> None:
+    advice = "mend the data, or set data.on_error: skip to leave such parts out and count them"
+    with pytest.raises(DataError) as caught, told_by_options({"columns": "--column"}):
+        raise DataError("a.jsonl:1: no text", hint=advice)
+    assert caught.value.hint == "mend the data"
+    with pytest.raises(ConfigError, match=r"^--column names 'txt'"), told_by_options({"columns": "--column"}):
+        raise ConfigError("data.columns names 'txt', which a text has not")

@@ -24,7 +24,7 @@ def check_columns(columns: Mapping[str, Any], shape: Shape) -> None:
             raise ConfigError(
                 f"data.columns names {key!r}, which {shape.what} ({shape.name}) has not; expected "
                 f"{', '.join(shape.columns)}.{did_you_mean(str(key), shape.columns)}",
-                hint="data.columns: {what the task needs: the name of the column in the file}",
+                hint=f"write data.columns: {{{next(iter(shape.columns))}: NAME}} with the name of a column of the file",
             )
 
 
