@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from trainwright.base.device import chosen_device
 from trainwright.base.errors import ConfigError
 from trainwright.comm import ALONE
 from trainwright.config import LoadedRecipe, PrecisionSection, load_recipe
-from trainwright.config.precision_section import PRECISIONS, FP32Precision
+from trainwright.config.precision_section import FP32Precision
 from trainwright.config.tasks import TaskSection
 from trainwright.data import Tokenizer, load_tokenizer
 from trainwright.engine import Engine, precision
@@ -140,7 +141,8 @@ def open_trained(path: str | Path, *, device: str = "auto", numbers: str | None 
 
 def _named(name: str) -> PrecisionSection:
     """The precision of that name, its details left at their defaults."""
-    return PRECISIONS[precision(name).name](name=name)
+    section: PrecisionSection = TypeAdapter(PrecisionSection).validate_python(precision(name).name)
+    return section
 
 
 def _engine(folder: Path, device: torch.device, section: PrecisionSection) -> Engine:
