@@ -62,6 +62,33 @@ def test_models_are_opened_in_the_precision_of_their_run(runs: Path) -> None:
         open_trained(runs / "trec", numbers="fp4")
 
 
+def test_files_are_read_with_the_columns_of_the_run(runs: Path, trainwright: Run, tmp_path: Path) -> None:
+    shutil.copytree(runs / "trec" / "model", tmp_path / "model")
+    task = json.loads((tmp_path / "model" / "trainwright_task.json").read_text(encoding="utf-8"))
+    task["data"] |= {"columns": {"text": "问", "label": "类"}, "format": "auto"}
+    (tmp_path / "model" / "trainwright_task.json").write_text(json.dumps(task), encoding="utf-8")
+
+    def texts(*arguments: str, **options: Any) -> list[str]:
+        done = trainwright("predict", "model", *arguments, cwd=tmp_path, **options)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line)["text"] for line in done.stdout.splitlines()]
+
+    same = written(tmp_path / "a" / "a.jsonl", {"问": "哪年 ?", "text": "not this"})
+    assert texts(str(same)) == texts(str(same), "--format", "auto") == ["哪年 ?"]
+    assert texts("-", input=same.read_text(encoding="utf-8")) == ["哪年 ?"]
+    assert texts("-", input="Who ?\n") == ["Who ?"]
+    usual = written(tmp_path / "a" / "b.jsonl", {"text": "哪年 ?"})
+    assert texts(str(usual), "--format", "auto") == texts(str(usual), "--column", "text=text") == ["哪年 ?"]
+    other = written(tmp_path / "a" / "c.jsonl", {"内容": "哪年 ?"})
+    assert texts(str(other), "--column", "text=内容") == ["哪年 ?"]
+    for arguments in ((), ("--format", "auto")):
+        done = trainwright("predict", "model", str(other), *arguments, cwd=tmp_path)
+        assert done.returncode == 3
+        assert "c.jsonl:1: " in done.stderr
+        assert "内容" in done.stderr
+        assert "-> give --column text=内容" in done.stderr
+
+
 def test_eval_of_the_bare_model_folder_on_a_file(runs: Path, trainwright: Run, tmp_path: Path) -> None:
     shutil.copytree(runs / "trec" / "model", tmp_path / "model")
     found = judged(trainwright, "model", "--data", str(SAMPLES / "questions.txt"), "--out", "out", cwd=tmp_path)
@@ -183,6 +210,7 @@ def test_what_cannot_be_judged_says_why(runs: Path, trainwright: Run, tmp_path: 
         (("predict", str(runs / "trec"), str(tmp_path / "none.jsonl")), "none.jsonl"),
         (("predict", str(runs / "trec"), "-", "--device", "gpu"), "no device 'gpu'"),
         (("eval", "trek"), "Did you mean 'trec'?"),
+        (("predict", "trec", str(SAMPLES / "reviews.tsv")), "read as label_text, like the training data"),
         (("predict", "trec", str(tmp_path / "none.jsonl")), "none.jsonl"),
         (("predict", "trec", questions, "--out", "x", "--to", "conll"), "(labelled) is written as labelled, "),
     ):

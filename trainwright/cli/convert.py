@@ -8,10 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainwright.cli.columns import ColumnOption, columns_of, told_by_options
+
 if TYPE_CHECKING:
     from trainwright.data.documents import Problems
 
 __all__ = ["convert"]
+
+_OPTIONS = {
+    "columns": "--column",
+    "format": "--from",
+    "encoding": "--encoding",
+    "separator": "--separator",
+    "names": "--names",
+    "scheme": "--scheme",
+    "on_error": "--on-error",
+}
+"""What `data.*` of a recipe is called here."""
 
 
 def convert(
@@ -20,9 +33,7 @@ def convert(
     task: Annotated[str, typer.Option(help="The task whose records these are: ner, classification, sft, qa, ...")],
     to: Annotated[str, typer.Option(help="Format to write: conll, sharegpt, squad, ..., or jsonl, json, csv, tsv.")],
     from_: Annotated[str, typer.Option("--from", help="Format to read; auto finds it by the columns.")] = "auto",
-    column: Annotated[
-        list[str] | None, typer.Option(help="KEY=COLUMN: what a column of the source is, as data.columns.")
-    ] = None,
+    column: ColumnOption = None,
     encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
     separator: Annotated[str | None, typer.Option(help="What stands between several labels.")] = None,
     names: Annotated[
@@ -40,25 +51,24 @@ def convert(
     from trainwright.base.errors import ConfigError
     from trainwright.data.records.converting import convert as convert_records
 
-    pairs = [item.partition("=") for item in column or ()]
-    if wrong := [key for key, mark, value in pairs if not (key and mark and value)]:
-        raise ConfigError(f"--column {wrong[0]!r}: expected KEY=COLUMN", hint="for example --column text=review")
+    columns = columns_of(column)
     if on_error not in ("stop", "skip"):
         raise ConfigError(f"--on-error {on_error!r}: expected stop or skip")
-    done = convert_records(
-        source,
-        destination,
-        to=to,
-        task=task,
-        from_=from_,
-        columns={key: value for key, _, value in pairs},
-        encoding=encoding,
-        separator=separator,
-        names=[name.strip() for name in names.split(",")] if names else (),
-        scheme=scheme,
-        to_scheme=to_scheme,
-        on_error="stop" if on_error == "stop" else "skip",
-    )
+    with told_by_options(_OPTIONS):
+        done = convert_records(
+            source,
+            destination,
+            to=to,
+            task=task,
+            from_=from_,
+            columns=columns,
+            encoding=encoding,
+            separator=separator,
+            names=[name.strip() for name in names.split(",")] if names else (),
+            scheme=scheme,
+            to_scheme=to_scheme,
+            on_error="stop" if on_error == "stop" else "skip",
+        )
     print(f"{done.written:,} records written to {destination}")
     for title, problems in (("while reading", done.read), ("not written", done.lost)):
         print("\n".join(_told(title, problems)), end="\n" if problems.total else "")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainwright.base.errors import ConfigError
+from trainwright.base.errors import ConfigError, DataError
+from trainwright.cli.columns import ColumnOption, columns_of, told_by_options
 from trainwright.cli.run_folder import find_run
 
 if TYPE_CHECKING:
     from trainwright.trainer.evaluation import Evaluation
+    from trainwright.trainer.trained import Trained
 
 __all__ = ["evaluate", "predict"]
 
@@ -30,6 +34,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 Numbers = Annotated[
     str | None, typer.Option("--precision", help="fp32, bf16, ... of the forward pass; by default the run's own.")
 ]
+_OPTIONS = {"columns": "--column", "format": "--format"}
+"""What `data.*` of a recipe is called here."""
 Root = Annotated[Path, typer.Option("--dir", help="Folder of all runs (run.dir of the recipe).")]
 
 
@@ -37,6 +43,7 @@ def evaluate(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Data to judge on instead of the run's own.")] = None,
     format: Format = None,
+    column: ColumnOption = None,
     split: Annotated[
         str | None, typer.Option(help="Split of the run's own data: test (default), validation or train.")
     ] = None,
@@ -53,14 +60,15 @@ def evaluate(
     root: Root = Path("runs"),
 ) -> None:
     """Judge a finished model: loss, the task's metrics and report."""
+    columns = columns_of(column)
     if data is not None and split is not None:
         raise ConfigError(
             f"--split {split} names a part of the run's own data, and --data {data} is judged as a whole",
             hint="leave out one of them",
         )
-    if data is None and format is not None:
+    if data is None and (format is not None or columns):
         raise ConfigError(
-            "--format says how a file is read, and none is given",
+            f"{'--column' if columns else '--format'} says how a file is read, and none is given",
             hint="give --data FILE: the run's own data is read as its recipe says",
         )
     if out is not None and out.exists() and not out.is_dir():
@@ -72,7 +80,8 @@ def evaluate(
     from trainwright.trainer.trained import open_trained
 
     trained = open_trained(folder, device=device, numbers=precision)
-    result = assess(trained, split=split, source=data, format=format, rows=batch_rows, limit=limit)
+    with told_by_options(_OPTIONS), _advising_auto(trained, format):
+        result = assess(trained, split=split, source=data, format=format, columns=columns, rows=batch_rows, limit=limit)
     numbers = {"loss": result.loss, **result.metrics}
     if result.report is None:
         numbers["perplexity"] = result.perplexity
@@ -91,6 +100,19 @@ def evaluate(
 def _folder(model: str, root: Path) -> Path:
     """What is meant: a folder as it is, else a run by its name."""
     return Path(model) if Path(model).is_dir() else find_run(model, root)
+
+
+@contextmanager
+def _advising_auto(trained: Trained, format: str | None) -> Iterator[None]:
+    """Errors of files that are read in the format that the recipe of the run names say that there are others."""
+    try:
+        yield
+    except DataError as error:
+        named = trained.reading.format
+        if format is not None or named == "auto":
+            raise
+        other = f"the file was read as {named}, like the training data; where it is of another format, --format auto"
+        raise DataError(error.message, hint="; ".join(filter(None, (error.hint, other)))) from error
 
 
 def _lines(result: Evaluation, counted: str) -> list[str]:
@@ -115,6 +137,7 @@ def predict(
             help="Format of DATA: lines (one text a line), auto, or a name; by default as the training data was read.",
         ),
     ] = None,
+    column: ColumnOption = None,
     to: Annotated[
         str | None, typer.Option("--to", help="Format of the file, as in `data convert`; JSON lines by default.")
     ] = None,
@@ -124,6 +147,7 @@ def predict(
     root: Root = Path("runs"),
 ) -> None:
     """Write what a finished model predicts, in the task's own format."""
+    columns = columns_of(column)
     if out is not None and out.exists():
         raise ConfigError(f"{out} exists already", hint="name a new file; nothing is overwritten")
     if to is not None and out is None:
@@ -133,7 +157,10 @@ def predict(
     from trainwright.trainer.trained import open_trained
 
     trained = open_trained(folder, device=device, numbers=precision)
-    lines, refused = predict_file(trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin, format=format)
+    with told_by_options(_OPTIONS), _advising_auto(trained, format):
+        lines, refused = predict_file(
+            trained, data, out=out, to=to, rows=batch_rows, stdin=sys.stdin, format=format, columns=columns
+        )
     for line in lines:
         print(line)
     if refused:

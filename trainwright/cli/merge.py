@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,7 @@ def merge(
     import torch
 
     from trainwright.inference.adapter_merging import merge_folder, text_rows
+    from trainwright.trainer.task import TASK_FILE
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     report = merge_folder(
@@ -54,6 +56,8 @@ def merge(
         dtype=None if dtype is None else types[dtype],
         tolerance=tolerance,
     )
+    if (folder.parent / "run.json").is_file() and (folder.parent / TASK_FILE).is_file():
+        shutil.copy2(folder.parent / TASK_FILE, destination / TASK_FILE)  # what `eval` and `predict` need to know
     print(report)
     print(f"merged into {destination}")
 

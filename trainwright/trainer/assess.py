@@ -51,19 +51,18 @@ class _Known:
 def _without_answers(source: SourceSpec, shape: str, **reading: Any) -> Iterator[Read]:
     """The records of a source without what is to be predicted: what stands there need not be known to the model."""
     target = SHAPES[shape].target
-    for record in read_records(source, shape, **reading):
+    for record in read_records(source, shape, answers=False, **reading):
         yield replace(record, fields={key: value for key, value in record.fields.items() if key != target})
 
 
 def _examples(
-    trained: Trained, source: str, cache: str, *, format: str | None = None, predicted: bool = False
+    trained: Trained, source: str, cache: str, reading: Reading, *, predicted: bool = False
 ) -> ExampleDataset:
-    """The records of a source as examples, labels and tokenizer as in training; read as there, or in this format.
+    """The records of a source as examples, labels and tokenizer as in training.
 
     Args:
         predicted: they are only predicted for: their answers are left out, and any number may give no example.
     """
-    reading = trained.reading if format is None else Reading(format)
     definition = _definition(trained)
     spec = ExampleSpec(
         train=(SourceSpec(source),),
@@ -101,7 +100,7 @@ def _own_data(trained: Trained) -> Dataset:
 
 @contextmanager
 def _data(
-    trained: Trained, source: str | None, split: str, *, format: str | None = None
+    trained: Trained, source: str | None, split: str, format: str | None, columns: Mapping[str, str] | None
 ) -> Iterator[tuple[Dataset, str]]:
     """The dataset to look at and its split; what is built of a given source is gone afterwards."""
     if source is None:
@@ -115,11 +114,18 @@ def _data(
         return
     with tempfile.TemporaryDirectory() as cache:
         if trained.from_records:
-            yield _examples(trained, source, cache, format=format), DATA_SPLIT
+            yield _examples(trained, source, cache, trained.reading.of_file(format, columns)), DATA_SPLIT
             return
+        if format is not None or columns:
+            raise ConfigError(
+                f"the task {trained.section.name} reads running text, which has no formats and columns of records",
+                hint="leave out --format and --column: files are read by their ending, texts from data.text_field",
+            )
         assert trained.recipe is not None, "a task that learns from text is known by its run"
-        spec = build_spec(trained.recipe.recipe.data, model_tokenizer=str(trained.folder))
-        texts = replace(spec, sources=(SourceSpec(source),), tokenizer=trained.tokenizer, validation=None)
+        section = trained.recipe.recipe.data
+        spec = build_spec(section, model_tokenizer=str(trained.folder))
+        of_file = SourceSpec(source, text_field=section.text_field)
+        texts = replace(spec, sources=(of_file,), tokenizer=trained.tokenizer, validation=None)
         yield prepare_dataset(texts, cache), DATA_SPLIT
 
 
@@ -146,6 +152,7 @@ def assess(
     split: str = "test",
     source: str | None = None,
     format: str | None = None,
+    columns: Mapping[str, str] | None = None,
     rows: int = 32,
     limit: int | None = None,
 ) -> Evaluation:
@@ -155,10 +162,15 @@ def assess(
         split: of the run's own data; without effect beside `source`.
         source: data to judge on instead.
         format: of it; "auto" looks at it, None reads it as the training data was read.
+        columns: of it, in place of those that the recipe's `data.columns` names.
         rows: of one forward pass.
         limit: records that a task which writes is judged on; None takes all.
+
+    Raises:
+        ConfigError: the run has no such split, or its task reads no records of a format.
+        DataError: the records cannot be read, or there are none.
     """
-    with _data(trained, source, split, format=format) as (dataset, chosen):
+    with _data(trained, source, split, format, columns) as (dataset, chosen):
         task = _task(trained, dataset)
         result, outputs = _evaluated(trained, task, dataset, chosen, rows)
         if not isinstance(dataset, ExampleDataset):
@@ -169,7 +181,7 @@ def assess(
 
 
 def predict(
-    trained: Trained, source: str, *, format: str | None = None, rows: int = 32
+    trained: Trained, source: str, reading: Reading, *, rows: int = 32
 ) -> Iterator[tuple[Record, Record | Refusal]]:
     """Records of a source and what the model predicts for each, in file order, or why it cannot be predicted for.
 
@@ -183,8 +195,7 @@ def predict(
     definition = _definition(trained)
     task: Any = definition.bind(trained.survey, trained.tokenizer)
     if writes(task):
-        reading = trained.reading if format is None else Reading(format)
-        read = read_records(
+        read = _without_answers(
             SourceSpec(source), definition.shape, format=reading.format, columns=reading.columns, **reading.more
         )
         records = [{**record.fields, "where": record.where} for record in read]
@@ -193,7 +204,7 @@ def predict(
         yield from zip(records, _written_or_refused(trained, task, records, rows), strict=True)
         return
     with tempfile.TemporaryDirectory() as cache:
-        dataset = _examples(trained, source, cache, format=format, predicted=True)
+        dataset = _examples(trained, source, cache, reading, predicted=True)
         _, outputs = _evaluated(trained, task, dataset, DATA_SPLIT, rows)
         found = predictions(task, dataset, DATA_SPLIT, outputs)
         for number, record in enumerate(dataset.records_of(DATA_SPLIT)):

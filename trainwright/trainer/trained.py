@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from trainwright.base.device import chosen_device
 from trainwright.base.errors import ConfigError
 from trainwright.comm import ALONE
 from trainwright.config import LoadedRecipe, PrecisionSection, load_recipe
-from trainwright.config.precision_section import PRECISIONS, FP32Precision
+from trainwright.config.precision_section import FP32Precision
 from trainwright.config.tasks import TaskSection
 from trainwright.data import Tokenizer, load_tokenizer
 from trainwright.engine import Engine, precision
@@ -30,8 +31,22 @@ class Reading:
     """How records are read: see `data.format`, `data.columns` and the keys beside them."""
 
     format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str | int] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_file(self, format: str | None, columns: Mapping[str, str] | None = None) -> Reading:
+        """How another file is read.
+
+        Args:
+            format: of it; then its encoding and scheme are its own too, and a column that the training data had and it
+                lacks is looked for by its usual names. None reads it as the training data was read.
+            columns: its own, in place of those of the training data; it must have them.
+        """
+        own = {**self.columns, **(columns or {})}
+        if format is None:
+            return Reading(self.format, own, self.more)
+        labels = {key: value for key, value in self.more.items() if key in ("names", "separator")}
+        return Reading(format, own, {**labels, "optional": sorted(set(self.columns) - set(columns or ()))})
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,8 @@ def open_trained(path: str | Path, *, device: str = "auto", numbers: str | None 
 
 def _named(name: str) -> PrecisionSection:
     """The precision of that name, its details left at their defaults."""
-    return PRECISIONS[precision(name).name](name=name)
+    section: PrecisionSection = TypeAdapter(PrecisionSection).validate_python(precision(name).name)
+    return section
 
 
 def _engine(folder: Path, device: torch.device, section: PrecisionSection) -> Engine:

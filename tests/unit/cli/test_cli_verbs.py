@@ -74,6 +74,8 @@ def test_a_language_model_is_judged_and_its_numbers_are_written(capsys: pytest.C
     [
         (("--data", "texts/1.txt", "--split", "validation"), "is judged as a whole"),
         (("--format", "auto"), "--format says how a file is read, and none is given"),
+        (("--column", "text=a"), "--column says how a file is read, and none is given"),
+        (("--data", "texts/1.txt", "--format", "auto"), "causal_lm reads running text"),
         (("--data", "texts/1.txt", "--out", "tiny.yaml"), "--out tiny.yaml is a file"),
         (("--split", "dev"), "no split 'dev'"),
     ],

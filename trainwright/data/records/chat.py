@@ -67,15 +67,18 @@ def _alpaca(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     extra = columns.find(row, "input")
     if extra is not ABSENT and extra is not None and extra != "":
         prompt = f"{prompt}\n{as_text(extra, 'input')}" if prompt else as_text(extra, "input")
-    messages += [message("user", prompt), message("assistant", columns.text(row, "output"))]
+    messages.append(message("user", prompt))
+    if columns.reads("output"):
+        messages.append(message("assistant", columns.text(row, "output")))
     return _with_tools({"messages": messages}, row, columns)
 
 
 def _prompt_completion(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    prompt = columns.need(row, "prompt")
-    completion = columns.need(row, "completion")
     messages = []
-    for value, role, column in ((prompt, "user", "prompt"), (completion, "assistant", "completion")):
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        if not columns.reads(column):
+            continue
+        value = columns.need(row, column)
         if isinstance(value, str):
             messages.append(message(role, as_text(value, column)))
         else:
@@ -86,7 +89,7 @@ def _prompt_completion(row: Mapping[str, Any], columns: Columns) -> dict[str, An
 
 def _reader(convert: _Convert) -> Callable[[Opened], Iterator[Record]]:
     def read(opened: Opened) -> Iterator[Record]:
-        columns = Columns(_SHAPE, opened.options.columns)
+        columns = Columns(_SHAPE, opened.options)
         yield from opened.read_each(lambda row, _: [{**convert(row, columns), **columns.extras(row)}])
 
     return read
@@ -94,7 +97,7 @@ def _reader(convert: _Convert) -> Callable[[Opened], Iterator[Record]]:
 
 def _list_in(key: str) -> Callable[[Sequence[Mapping[str, Any]], Options], bool]:
     def matches(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
-        columns = Columns(_SHAPE, options.columns)
+        columns = Columns(_SHAPE, options)
         return any(columns.has(row, key) and isinstance(json_list(columns.find(row, key)), list) for row in head)
 
     return matches
@@ -139,8 +142,8 @@ CHAT: tuple[Format, ...] = (
 
 def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """The messages of a row in any of these formats, None when it has none."""
-    columns = Columns(_SHAPE, {})
     options = Options()
+    columns = Columns(_SHAPE, options)
     for one, convert in zip(
         CHAT[:4], (_chat("messages"), _chat("conversations"), _alpaca, _prompt_completion), strict=True
     ):

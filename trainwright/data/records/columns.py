@@ -8,6 +8,7 @@ from typing import Any
 from trainwright.base.errors import ConfigError
 from trainwright.base.text import did_you_mean, nearest
 from trainwright.data.documents import fields_seen
+from trainwright.data.records.opened import Options
 from trainwright.data.records.record import SHAPES, Shape, Unusable
 
 __all__ = ["ABSENT", "Columns", "as_text", "check_columns", "check_unicode", "describe", "suggestion"]
@@ -23,23 +24,27 @@ def check_columns(columns: Mapping[str, Any], shape: Shape) -> None:
             raise ConfigError(
                 f"data.columns names {key!r}, which {shape.what} ({shape.name}) has not; expected "
                 f"{', '.join(shape.columns)}.{did_you_mean(str(key), shape.columns)}",
-                hint="data.columns: {what the task needs: the name of the column in the file}",
+                hint=f"write data.columns: {{{next(iter(shape.columns))}: NAME}} with the name of a column of the file",
             )
 
 
 class Columns:
-    """Finds the columns of a shape in the rows of one file."""
+    """Finds the columns of a shape in the rows of one file. Those of answers are absent where they are not read."""
 
-    def __init__(self, shape: Shape, given: Mapping[str, str | int]) -> None:
+    def __init__(self, shape: Shape, options: Options) -> None:
         self._shape = shape
-        self._given = {key: str(name) for key, name in given.items()}
+        self._given = {key: str(name) for key, name in options.columns.items()}
+        self._optional = options.optional
+        self._unread = frozenset(() if options.answers else shape.answers)
         self._seen: dict[tuple[Any, ...], str | None] = {}
 
     def find(self, fields: Mapping[str, Any], key: str, aliases: Iterable[str] | None = None) -> Any:
         """The value of a column, or ABSENT. Raises Unusable where a column that a person named is not there."""
+        if key in self._unread:
+            return ABSENT
         given = self._given.get(key)
-        if given is not None:
-            value = _reach(fields, given)
+        value = ABSENT if given is None else _reach(fields, given)
+        if given is not None and (key not in self._optional or value is not ABSENT):
             if value is ABSENT:
                 raise Unusable(
                     "missing-field",
@@ -83,6 +88,10 @@ class Columns:
                 suggestion(key, fields, *names),
             )
         return value
+
+    def reads(self, key: str) -> bool:
+        """Whether a column of this kind is looked at."""
+        return key not in self._unread
 
     def text(self, fields: Mapping[str, Any], key: str) -> str:
         """A column that must be there and hold text."""

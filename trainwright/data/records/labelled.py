@@ -7,13 +7,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from trainwright.data.records.columns import ABSENT, Columns, as_text, describe
 from trainwright.data.records.opened import Format, Opened, Options
 from trainwright.data.records.record import SHAPES, Record, Unusable
-from trainwright.data.records.tables import cells_as_fields, looks_like_rows
+from trainwright.data.records.tables import cells_as_fields, looks_like_cells, looks_like_rows
 
 __all__ = ["LABELLED"]
 
@@ -116,7 +117,7 @@ def _fields(row: Mapping[str, Any], columns: Columns, options: Options, *, numer
 
 
 def _from_rows(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_SHAPE, opened.options.columns)
+    columns = Columns(_SHAPE, opened.options)
     head = [row.fields for row in islice(opened.quietly().rows(), _HEAD)]
     numeric = _numeric_head(head, columns, opened.options)
     yield from opened.read_each(lambda row, _: [_fields(row, columns, opened.options, numeric=numeric)])
@@ -128,7 +129,7 @@ def _numeric_head(head: Sequence[Any], columns: Columns, options: Options) -> bo
 
 def _from_cells(opened: Opened) -> Iterator[Record]:
     options = opened.options
-    columns = Columns(_SHAPE, {})
+    columns = Columns(_SHAPE, replace(opened.options, columns={}))
     rows = cells_as_fields(opened.quietly(), ("text", "label"))
     numeric = _numeric_head([row for _, row in islice(rows, _HEAD)], columns, options)
     for line, row in cells_as_fields(opened, ("text", "label")):
@@ -140,11 +141,12 @@ def _from_cells(opened: Opened) -> Iterator[Record]:
 
 def _from_lines(parse: Callable[[str, Options], dict[str, Any]]) -> Callable[[Opened], Iterator[Record]]:
     def read(opened: Opened) -> Iterator[Record]:
+        options = opened.options if opened.options.answers else replace(opened.options, names=())
         for number, line in opened.lines():
             if not line.strip():
                 continue
             try:
-                yield opened.record(parse(line, opened.options), number)
+                yield opened.record(parse(line, options), number)
             except Unusable as error:
                 opened.report(opened.where(number), error)
 
@@ -199,7 +201,7 @@ LABELLED: tuple[Format, ...] = (
         "cells",
         "csv or tsv without a header: the text and its label",
         (),
-        lambda head, _: any(len(cells) > 1 for cells in head),
+        looks_like_cells,
         _from_cells,
     ),
     Format(

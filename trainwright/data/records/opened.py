@@ -34,6 +34,8 @@ class Options:
     separator: str | None = None
     names: tuple[str, ...] = ()
     scheme: str = "auto"
+    optional: tuple[str, ...] = ()
+    answers: bool = True
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trainwright.data.records.columns import ABSENT, Columns, as_text, describe
 from trainwright.data.records.opened import Format, Opened, Options
 from trainwright.data.records.record import SHAPES, Record, Unusable
-from trainwright.data.records.tables import cells_as_fields, looks_like_rows
+from trainwright.data.records.tables import cells_as_fields, looks_like_cells, looks_like_rows
 
 __all__ = ["ANCHORS", "PAIRS"]
 
@@ -43,12 +44,12 @@ def _further(row: Mapping[str, Any], first: Any) -> list[Any]:
 
 
 def _pairs_from_rows(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_PAIR, opened.options.columns)
+    columns = Columns(_PAIR, opened.options)
     yield from opened.read_each(lambda row, _: [_pair(row, columns)])
 
 
 def _pairs_from_cells(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_PAIR, {})
+    columns = Columns(_PAIR, replace(opened.options, columns={}))
     for line, row in cells_as_fields(opened, ("source", "target")):
         try:
             yield opened.record(_pair(row, columns), line)
@@ -101,12 +102,12 @@ def _texts(value: Any, column: str) -> list[str]:
 
 
 def _anchors_from_rows(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_ANCHORS, opened.options.columns)
+    columns = Columns(_ANCHORS, opened.options)
     yield from opened.read_each(lambda row, where: _anchors(row, columns, opened, where))
 
 
 def _anchors_from_cells(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_ANCHORS, {})
+    columns = Columns(_ANCHORS, replace(opened.options, columns={}))
     for line, row in cells_as_fields(opened, ("anchor", "positive")):
         try:
             for fields in _anchors(row, columns, opened, opened.where(line)):
@@ -125,7 +126,7 @@ def _is_alone(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
 
 
 def _alone(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_ANCHORS, opened.options.columns)
+    columns = Columns(_ANCHORS, opened.options)
 
     def convert(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         anchor = as_text(columns.need(row, "anchor", _ALONE), "anchor")
@@ -150,7 +151,7 @@ PAIRS: tuple[Format, ...] = (
         "cells",
         "csv or tsv without a header: source, target; a column that is the same in every row is passed over",
         (),
-        lambda head, _: any(len(cells) > 1 for cells in head),
+        looks_like_cells,
         _pairs_from_cells,
     ),
 )
@@ -170,7 +171,7 @@ ANCHORS: tuple[Format, ...] = (
         "cells",
         "csv or tsv without a header: anchor, positive",
         (),
-        lambda head, _: any(len(cells) > 1 for cells in head),
+        looks_like_cells,
         _anchors_from_cells,
     ),
 )

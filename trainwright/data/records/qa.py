@@ -126,7 +126,7 @@ def _truth(value: Any) -> bool | None:
 
 
 def _from_rows(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_SHAPE, opened.options.columns)
+    columns = Columns(_SHAPE, opened.options)
 
     def convert(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         fields: dict[str, Any] = {
@@ -148,7 +148,7 @@ def _from_rows(opened: Opened) -> Iterator[Record]:
 
 def _from_articles(opened: Opened) -> Iterator[Record]:
     """Articles of paragraphs of questions (SQuAD), or paragraphs of questions (CMRC 2018's own files)."""
-    columns = Columns(_SHAPE, opened.options.columns)
+    columns = Columns(_SHAPE, opened.options)
     for row in opened.rows():
         assert not isinstance(row.fields, str)  # rows() gives mappings only
         article = row.fields

@@ -37,6 +37,8 @@ def read_records(
     separator: str | None = None,
     names: Sequence[str] = (),
     scheme: str = "auto",
+    optional: Sequence[str] = (),
+    answers: bool = True,
     on_error: OnError = "stop",
     problems: Problems | None = None,
 ) -> Iterator[Record]:
@@ -50,11 +52,15 @@ def read_records(
         separator: labels are lists, written with this between two.
         names: of labels or tags that the file writes as numbers.
         scheme: of tags (`tags.SCHEMES`), or "auto" to find it over each file.
+        optional: keys of `columns` that are looked for by their usual names where a file lacks the named column.
+        answers: False passes over what is learnt (`Shape.answers`), for records that are only predicted for: it may be
+            missing, and whatever stands there is no problem.
         on_error: "skip" leaves bad records out and counts them in `problems`; "stop" raises DataError at the first.
 
     Raises ConfigError for arguments that the shape does not have, DataError for files of no known format.
     """
-    options = Options(format, dict(columns or {}), checked_encoding(encoding), separator, tuple(names), scheme)
+    read_as = checked_encoding(encoding)
+    options = Options(format, dict(columns or {}), read_as, separator, tuple(names), scheme, tuple(optional), answers)
     shaped = _checked(shape, options)
     if on_error not in ("stop", "skip"):
         raise ConfigError(f"on_error is {on_error!r}; expected 'stop' or 'skip'")
@@ -227,7 +233,7 @@ def _by_rows(opened: Opened) -> Format | None:
 
 def _refuse_missing(opened: Opened, row: Mapping[str, Any], where: str) -> None:
     """A column that a person named and the file has not is the reason why nothing matched."""
-    columns = Columns(opened.shape, opened.options.columns)
+    columns = Columns(opened.shape, opened.options)
     for key in opened.options.columns:
         try:
             columns.find(row, key)
@@ -237,8 +243,8 @@ def _refuse_missing(opened: Opened, row: Mapping[str, Any], where: str) -> None:
 
 def _refuse_misspelt(opened: Opened, rows: Sequence[Mapping[str, Any]], where: str) -> None:
     """Records may lack what is learnt, to be predicted on; a column that is nearly named so is a slip, though."""
-    key, columns = opened.shape.target, Columns(opened.shape, opened.options.columns)
-    if key is None or any(columns.has(row, key) for row in rows):
+    key, columns = opened.shape.target, Columns(opened.shape, opened.options)
+    if key is None or not columns.reads(key) or any(columns.has(row, key) for row in rows):
         return
     known = {name for names in opened.shape.columns.values() for name in names} | set(opened.options.columns.values())
     for name in rows[0]:
@@ -285,6 +291,6 @@ def _fix(shape: Shape, row: Mapping[str, Any] | None = None) -> str:
         if shape.name == "pair":
             return "name both files (train.{de,en}), or say what the file is: data.format: tsv, jsonl, json or csv"
         return f"say what it is: data.format: {' or '.join(lined or CONTAINERS)}"
-    columns = Columns(shape, {})
+    columns = Columns(shape, Options())
     missing = next((key for key in shape.needs if key != "id" and not columns.has(row, key)), _key(shape))
     return suggestion(missing, row, *shape.columns.get(missing, ()))

@@ -30,6 +30,7 @@ class Shape:
         optional: other keys that a record may have.
         columns: what `data.columns` may rename, each with the names by which a column is recognised without renaming,
             best first.
+        answers: of these, what says what is learnt: records that are only predicted for are read without them.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Shape:
     target: str | None
     optional: tuple[str, ...]
     columns: Mapping[str, tuple[str, ...]]
+    answers: tuple[str, ...] = ()
 
 
 _ID = ("id", "guid", "idx", "uid", "qid", "query_id", "fname")
@@ -74,6 +76,7 @@ SHAPES: dict[str, Shape] = {
                 "text": ("text",),
                 "id": ("id",),
             },
+            answers=("output", "completion"),
         ),
         Shape(
             "labelled",
@@ -87,6 +90,7 @@ SHAPES: dict[str, Shape] = {
                 "label": _LABELS,
                 "id": _ID,
             },
+            answers=("label",),
         ),
         Shape(
             "tagged",
@@ -101,6 +105,7 @@ SHAPES: dict[str, Shape] = {
                 "entities": ("entities", "spans", "label", "labels"),
                 "id": _ID,
             },
+            answers=("tags", "entities"),
         ),
         Shape(
             "relation",
@@ -115,6 +120,7 @@ SHAPES: dict[str, Shape] = {
                 "relation": ("relation", "label", "rel"),
                 "id": _ID,
             },
+            answers=("relation",),
         ),
         Shape(
             "qa",
@@ -130,6 +136,7 @@ SHAPES: dict[str, Shape] = {
                 "title": ("title",),
                 "id": _ID,
             },
+            answers=("answers", "is_impossible"),
         ),
         Shape(
             "pair",
@@ -152,6 +159,7 @@ SHAPES: dict[str, Shape] = {
                 ),
                 "id": _ID,
             },
+            answers=("target",),
         ),
         Shape(
             "anchors",
@@ -166,6 +174,7 @@ SHAPES: dict[str, Shape] = {
                 "label": ("label", "is_duplicate"),
                 "id": _ID,
             },
+            answers=("label",),
         ),
     )
 }

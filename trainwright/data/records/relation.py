@@ -71,7 +71,7 @@ def _place(value: Any, column: str) -> tuple[int, int]:
 
 
 def _from_rows(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_SHAPE, opened.options.columns)
+    columns = Columns(_SHAPE, opened.options)
 
     def convert(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         head, tail = (_place(columns.need(row, key), key) for key in ("head", "tail"))
@@ -99,7 +99,7 @@ def _words_at(place: tuple[int, int], offsets: Sequence[tuple[int, int]], column
 
 
 def _from_tacred(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_SHAPE, opened.options.columns)
+    columns = Columns(_SHAPE, opened.options)
 
     def convert(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         ends = [row.get(name) for name in _ENDS]
@@ -117,7 +117,7 @@ def _from_tacred(opened: Opened) -> Iterator[Record]:
 
 
 def _is_tacred(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
-    columns = Columns(_SHAPE, options.columns)
+    columns = Columns(_SHAPE, options)
     return any(all(name in row for name in _ENDS) and columns.has(row, "tokens") for row in head)
 
 
@@ -156,7 +156,7 @@ def _sentence(row: Mapping[str, Any], columns: Columns) -> Any:
 
 
 def _from_marked(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_SHAPE, opened.options.columns)
+    columns = Columns(_SHAPE, opened.options)
 
     def convert(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         sentence = as_text(_sentence(row, columns), "sentence")
@@ -167,7 +167,7 @@ def _from_marked(opened: Opened) -> Iterator[Record]:
 
 
 def _is_marked(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
-    columns = Columns(_SHAPE, options.columns)
+    columns = Columns(_SHAPE, options)
     if any(columns.has(row, "head", "tail") for row in head):
         return False
     found = [_sentence(row, columns) for row in head]

@@ -17,7 +17,7 @@ def text_formats(shape: Shape) -> tuple[Format, ...]:
     """Formats of texts that are learnt as they stand, for the shapes that take them."""
 
     def read(opened: Opened) -> Iterator[Record]:
-        columns = Columns(shape, opened.options.columns)
+        columns = Columns(shape, opened.options)
 
         def convert(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
             text = columns.text(row, "text")

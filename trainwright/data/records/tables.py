@@ -11,20 +11,25 @@ from trainwright.data.records.columns import Columns
 from trainwright.data.records.opened import Opened, Options
 from trainwright.data.records.record import Shape, Unusable
 
-__all__ = ["cells_as_fields", "has_header", "looks_like_rows"]
+__all__ = ["cells_as_fields", "has_header", "looks_like_cells", "looks_like_rows"]
 
 _HEAD = 200
 _LABEL_LENGTH = 40  # characters; names of classes are shorter, and have no spaces in files without a header
 
 
 def looks_like_rows(shape: Shape, *keys: str) -> Callable[[Sequence[Mapping[str, Any]], Options], bool]:
-    """A `Format.matches` for rows that have these columns."""
+    """A `Format.matches` for rows that have these columns, but for those that are not read."""
 
     def matches(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
-        columns = Columns(shape, options.columns)
-        return any(columns.has(row, *keys) for row in head)
+        columns = Columns(shape, options)
+        return any(columns.has(row, *filter(columns.reads, keys)) for row in head)
 
     return matches
+
+
+def looks_like_cells(head: Sequence[Sequence[str]], options: Options) -> bool:
+    """A `Format.matches` for tables without a header: two columns, or one where answers are not read."""
+    return not options.answers or any(len(cells) > 1 for cells in head)
 
 
 def has_header(cells: Sequence[str], shape: Shape, options: Options) -> bool:
@@ -60,8 +65,12 @@ def _said(places: Mapping[str, int]) -> str:
 
 def _given(opened: Opened) -> dict[str, int]:
     places = {}
+    columns = Columns(opened.shape, opened.options)
     for key, place in opened.options.columns.items():
-        if not str(place).isdecimal():
+        named = not str(place).isdecimal()
+        if not columns.reads(key) or (named and key in opened.options.optional):
+            continue
+        if named:
             raise DataError(
                 f"{opened.shard.url}:1: no column {place!r}: the file has no header that names it",
                 hint=f"count the columns from 0: data.columns: {{{key}: 0}}",
@@ -78,6 +87,8 @@ def _understood(opened: Opened, order: tuple[str, str]) -> dict[str, int]:
         telling = [place for place in range(len(head[0])) if len({cells[place] for cells in head}) > 1]
         if len(telling) == 2 and len(head[0]) > 2:  # `to title<TAB>abstract<TAB>title` (CSL): the rest never changes
             return _roles([[cells[place] for place in telling] for cells in head], telling, opened, order)
+    if widths == {1} and not opened.options.answers:
+        return {order[0]: 0}
     if widths != {2}:
         seen = ", ".join(str(width) for width in sorted(widths))
         raise DataError(
@@ -109,7 +120,7 @@ def _roles(
             f"{opened.shard.url}:1: {head[0]!r:.80} looks like a header of unknown names, or like a class that is "
             "seen once",
             hint=f"write data.columns: {{{order[0]}: {head[0][1 - place]}, label: {head[0][place]}}} for a header, or "
-            f"{{{order[0]}: {places[1 - place]}, label: {places[place]}}} where there is none",
+            f"data.columns: {{{order[0]}: {places[1 - place]}, label: {places[place]}}} where there is none",
         )
     return {order[0]: places[1 - place], order[1]: places[place]}
 

@@ -61,6 +61,9 @@ def _conll_columns(options: Options) -> tuple[int, int]:
     for key, default in (("tokens", 0), ("tags", -1)):
         given = str(options.columns.get(key, default))
         if not re.fullmatch(r"-?\d+", given):
+            if key in options.optional:
+                places.append(default)
+                continue
             raise DataError(
                 f"data.columns says that {key!r} is {given!r}; the columns of a CoNLL file have no names",
                 hint=f"count them from 0: data.columns: {{{key}: {max(default, 0)}}}",
@@ -82,8 +85,13 @@ def _is_comment(cells: Sequence[str], width: int, line: str) -> bool:
 
 
 def _sentences(opened: Opened) -> Iterator[_Sentence]:
-    """Sentences between blank lines; comments (`# id 1`) and -DOCSTART- lines are left out."""
+    """Sentences between blank lines; comments (`# id 1`) and -DOCSTART- lines are left out.
+
+    Where tags are not read, words stand for them, and a line may hold nothing else.
+    """
     token_place, tag_place = _conll_columns(opened.options)
+    least = 2 if opened.options.answers else 1
+    tag_place = tag_place if opened.options.answers else token_place
     width = first = 0
     words: list[str] = []
     tags: list[str] = []
@@ -101,11 +109,11 @@ def _sentences(opened: Opened) -> Iterator[_Sentence]:
         if len(cells) == 1 and line[:1] == " " and width == 2:
             cells = [" ", cells[0]]  # the word is a space
         width = width or len(cells)
-        if len(cells) != width or not -width <= max(tag_place, token_place, key=abs) < width or width < 2:
-            seen = f"{len(cells)} columns ({line!r:.60}); expected {max(width, 2)}, as in the lines before"
-            if width < 2 or len(cells) == width:
+        if len(cells) != width or not -width <= max(tag_place, token_place, key=abs) < width or width < least:
+            seen = f"{len(cells)} columns ({line!r:.60}); expected {max(width, least)}, as in the lines before"
+            if width < least or len(cells) == width:
                 tag = "the last one" if tag_place == -1 else f"column {tag_place}"
-                expected = f"a word in column {token_place} (counted from 0) and its tag in {tag}"
+                expected = f"a word in column {token_place} (counted from 0)" + (f" and its tag in {tag}" * (least > 1))
                 seen = f"{len(cells)} columns ({line!r:.60}); expected {expected}"
             error = Unusable("wrong-field-count", seen, "one word a line, its columns parted by a tab or spaces")
             opened.report(opened.where(number), error)
@@ -118,6 +126,9 @@ def _sentences(opened: Opened) -> Iterator[_Sentence]:
 
 
 def _from_conll(opened: Opened) -> Iterator[Record]:
+    if not opened.options.answers:
+        yield from (opened.record({"tokens": words}, line) for line, words, _ in _sentences(opened))
+        return
     scheme = _scheme_of(opened, (tags for _, _, tags in _sentences(opened.quietly())))
     for line, words, tags in _sentences(opened):
         where = opened.where(line)
@@ -168,7 +179,7 @@ def _tag_names(value: Any, options: Options) -> list[str]:
 
 
 def _from_tokens(opened: Opened) -> Iterator[Record]:
-    columns = Columns(_SHAPE, opened.options.columns)
+    columns = Columns(_SHAPE, opened.options)
 
     def all_tags() -> Iterator[Sequence[str]]:
         for row in opened.quietly().rows():
@@ -201,7 +212,7 @@ def _mapping(fields: Any) -> Mapping[str, Any]:
 
 def _from_parts(parts_of: Callable[[Any, str], list[Part]]) -> Callable[[Opened], Iterator[Record]]:
     def read(opened: Opened) -> Iterator[Record]:
-        columns = Columns(_SHAPE, opened.options.columns)
+        columns = Columns(_SHAPE, opened.options)
 
         def convert(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             text = columns.text(row, "text")
@@ -242,19 +253,19 @@ def _given_offsets(tokens: Any, text: str) -> list[tuple[int, int]]:
 
 
 def _is_cluener(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
-    columns = Columns(_SHAPE, options.columns)
+    columns = Columns(_SHAPE, options)
     found = [columns.find(row, "entities") for row in head if columns.has(row, "text", "entities")]
     return any(isinstance(value, Mapping) for value in found)
 
 
 def _is_spans(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
-    columns = Columns(_SHAPE, options.columns)
+    columns = Columns(_SHAPE, options)
     found = [columns.find(row, "entities") for row in head if columns.has(row, "text", "entities")]
     return any(isinstance(value, list) for value in found)
 
 
 def _only_text(head: Sequence[Mapping[str, Any]], options: Options) -> bool:
-    columns = Columns(_SHAPE, options.columns)
+    columns = Columns(_SHAPE, options)
     marked = any(columns.has(row, "entities") and columns.find(row, "entities") is not None for row in head)
     return not marked and any(columns.has(row, "text") for row in head)
 
