@@ -144,7 +144,7 @@ class RelationSection(_Classes):
 class QASection(LabelledSection):
     """The span of a text that answers a question."""
 
-    counted: ClassVar[str] = "windows"
+    counted: ClassVar[str] = "answer boundaries"
 
     doc_stride: Annotated[int | Auto, Whole(("auto",), minimum=1)] = "auto"
     """Tokens of the text after which the next window of a text that is too long begins; auto is half of a window."""
