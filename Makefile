@@ -33,12 +33,14 @@ quickstart: setup
 
 # One thread for each worker: two workers with all cores each are slower than one. Files stay in their order, long tests first:
 # otherwise the files of few long tests come last, and one worker waits for the other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 # pytest's exit code 5 says that no test is marked slow, which is no failure.
 test-slow: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m slow; code=$$?; [ $$code -eq 5 ] || exit $$code
+	@$(PYTEST) -m slow; code=$$?; [ $$code -eq 5 ] || exit $$code
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

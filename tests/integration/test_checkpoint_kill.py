@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import random
 import resource
@@ -21,10 +20,10 @@ import torch
 from trainwright.base.errors import CheckpointError, RunInUseError
 from trainwright.base.faults import FAULTS_VARIABLE, registered_points
 from trainwright.checkpoint import Checkpointer, RunLock, list_checkpoints, load_latest, verify
+from trainwright.testing import fork_server
 
 # Children are forked from a server that has torch loaded and has never computed: no child imports it again.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "trainwright.checkpoint.checkpointer"])
+CONTEXT = fork_server()
 
 POINTS = [
     "save.before_data",

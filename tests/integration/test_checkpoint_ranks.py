@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -28,10 +27,10 @@ from trainwright.checkpoint import (
     verify,
 )
 from trainwright.comm import Ranks
+from trainwright.testing import fork_server
 
 # Children are forked from a server that has torch loaded and has never computed: no child imports it again.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "trainwright.checkpoint.checkpointer"])
+CONTEXT = fork_server()
 
 EVERY_RANK = ["save.before_data", "save.after_data_file", "save.before_report"]
 FIRST_RANK = ["save.before_manifest", "save.before_commit", "save.after_commit", "save.before_retention"]
