@@ -109,17 +109,31 @@ def resume_on_ranks(rank: int, world: int, path: str, run: str) -> None:
     Trainer(path, resume=run).fit()
 
 
-def test_two_ranks_go_on_from_one_with_the_base_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "adapter", "parallel"),
+    [
+        ({}, {"name": "qlora"}, {"zero": 3}),
+        # A tied matrix is trained, and each stage has a copy of it.
+        ({"tie_embeddings": True}, {"name": "lora", "train": ["embed_tokens"]}, {"pipeline": {"stages": 2}}),
+    ],
+)
+def test_two_ranks_go_on_from_one_with_the_base_in_place(
+    tmp_path: Path,
+    model: dict[str, Any],
+    adapter: dict[str, Any],
+    parallel: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     train = {"steps": 6, "batch_tokens": 128, "eval_every": "3 steps", "micro_batch": 2}
-    changes = {"model": {"path": str(base_model(tmp_path))}, "data": data_of(tmp_path), "train": train}
-    changes |= {"adapter": {"name": "qlora", "rank": 4}, "checkpoint": {"every": "3 steps", "keep_best": True}}
+    changes = {"model": {"path": str(base_model(tmp_path, **model))}, "data": data_of(tmp_path), "train": train}
+    changes |= {"adapter": {**adapter, "rank": 4}, "checkpoint": {"every": "3 steps", "keep_best": True}}
     Trainer(recipe(tmp_path, "whole", **changes)).fit()
     broken = recipe(tmp_path, "broken", **changes)
     monkeypatch.setenv(FAULTS_VARIABLE, "data.next:raise@step=4")
     with pytest.raises(InjectedFault):
         Trainer(broken).fit()
     monkeypatch.delenv(FAULTS_VARIABLE)
-    again = recipe(tmp_path, "broken", **changes, parallel={"zero": 3})
+    again = recipe(tmp_path, "broken", **changes, parallel=parallel)
     run_ranks(resume_on_ranks, 2, str(again), str(tmp_path / "runs" / "broken"), timeout=300)
     with torch.no_grad():
         ids = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -127,10 +141,10 @@ def test_two_ranks_go_on_from_one_with_the_base_in_place(tmp_path: Path, monkeyp
     assert torch.allclose(whole, resumed, atol=1e-4)
 
 
-def base_model(folder: Path) -> Path:
+def base_model(folder: Path, **model: Any) -> Path:
     """A small model that was trained, with its tokenizer."""
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    Trainer(recipe(folder, "base")).fit()
+    Trainer(recipe(folder, "base", model={"config": {**MODEL, **model}})).fit()
     return folder / "runs" / "base" / "model"
 
 
@@ -164,6 +178,40 @@ def test_checkpoints_name_the_base_of_adapters_instead_of_holding_it(tmp_path: P
     with torch.no_grad():
         assert torch.allclose(kept(ids), exported(ids), atol=1e-6)
         assert (kept(ids) - load_pretrained(base)(ids)).abs().max() > 1e-2, "something was learned"
+
+
+MIXTURE = {
+    "family": "moe",
+    "architecture": "dots1",
+    "qk_norm": True,
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_size": 32,
+    "shared_size": 32,
+    "router_scores": "sigmoid",
+    "bias_rate": 0.05,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [
+        ({"tie_embeddings": True}, {"name": "lora", "rank": 4, "train": ["lm_head"]}),
+        (MIXTURE, {"name": "lora", "rank": 4}),  # its balance of experts moves, though no optimizer trains it
+    ],
+)
+def test_what_moves_beside_adapters_is_in_checkpoints(
+    tmp_path: Path, model: dict[str, Any], adapter: dict[str, Any]
+) -> None:
+    base = base_model(tmp_path, **model)
+    Trainer(recipe(tmp_path, "tuned", model={"path": str(base)}, data=data_of(tmp_path), adapter=adapter)).fit()
+    run = tmp_path / "runs" / "tuned"
+    kept, final = load_checkpointed_model(run / "checkpoints" / "step-6"), load_pretrained(run / "model")
+    ids = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(kept(ids), final(ids), atol=1e-6)
+        if "train" in adapter:  # the folder of adapters holds it too
+            assert torch.allclose(load_adapted(run / "adapter")(ids), final(ids), atol=1e-5)
 
 
 def test_a_changed_or_lost_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

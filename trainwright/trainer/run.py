@@ -184,10 +184,11 @@ class Run:
     def state_dict(self) -> StateDict:
         """The one dict that is saved: whatever a resumed run needs to go on bit for bit.
 
-        The frozen weights of `base` are not in it.
+        The frozen weights of `base` are not in it. Its buffers are: a mixture's balance of experts moves unasked.
         """
         engine = self.engine.state_dict()
-        engine["model"] = {name: value for name, value in engine["model"].items() if not self._is_of_base(name)}
+        of_base = self._of_base(engine["model"])
+        engine["model"] = {name: value for name, value in engine["model"].items() if name not in of_base}
         return {
             "engine": engine,
             "train": self.state.state_dict(),
@@ -214,13 +215,17 @@ class Run:
 
     def load_engine(self, state: StateDict) -> None:
         """The engine's part of a saved state, into an engine whose frozen weights are in place."""
-        frozen = {name: value for name, value in self.engine.state_dict()["model"].items() if self._is_of_base(name)}
         engine = state["engine"]
+        frozen = self._of_base(self.engine.state_dict()["model"])
         self.engine.load_state_dict({**engine, "model": {**engine["model"], **frozen}})
 
-    def _is_of_base(self, name: str) -> bool:
+    def _of_base(self, state: StateDict) -> StateDict:
+        """Of a state of the model, the parameters that `base` holds too: those that nothing changes."""
         adapters = adapter_report(self.engine.model)
-        return self.base is not None and adapters is not None and adapters.is_frozen(name)
+        if self.base is None or adapters is None:
+            return {}
+        buffers = {name for name, _ in self.engine.model.named_buffers()}
+        return {name: value for name, value in state.items() if name not in buffers and adapters.is_frozen(name)}
 
     def save(self, *, final: bool = False) -> None:
         """Save now; a final save is on the disk when this returns."""

@@ -128,7 +128,8 @@ def _of_experts(pattern: str, model: nn.Module) -> bool:
 
 
 def extra_parameters(model: nn.Module, patterns: Sequence[str], adapted: Iterable[str]) -> list[str]:
-    """Names of parameters that are trained as they are: the task head's, and those that a pattern finds.
+    """Names of parameters that are trained as they are: the task head's, and those that a pattern finds. A tied one
+    stands under each of its names, whichever of them was found.
 
     Args:
         adapted: names of linears that have an adapter: their own weights stay frozen.
@@ -136,8 +137,8 @@ def extra_parameters(model: nn.Module, patterns: Sequence[str], adapted: Iterabl
     Raises:
         ConfigError: a pattern finds nothing, or the weight of an adapted linear.
     """
-    of_head = head_parameters(model)
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = list(parameters)
     prefixes = tuple(f"{name}." for name in adapted)
     for pattern in patterns:
         found = [name for name in names if re.search(pattern, name)]
@@ -153,4 +154,6 @@ def extra_parameters(model: nn.Module, patterns: Sequence[str], adapted: Iterabl
                 f"adapter.train {pattern!r} names {frozen[0]}, of a linear that has an adapter",
                 hint="name other parameters, or leave this linear out of adapter.targets",
             )
-    return [name for name in names if name in of_head or any(re.search(pattern, name) for pattern in patterns)]
+    chosen = [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+    trained = {id(parameters[name]) for name in (*head_parameters(model), *chosen)}
+    return [name for name, parameter in parameters.items() if id(parameter) in trained]
