@@ -115,6 +115,8 @@ def resume_on_ranks(rank: int, world: int, path: str, run: str) -> None:
         ({}, {"name": "qlora"}, {"zero": 3}),
         # A tied matrix is trained, and each stage has a copy of it.
         ({"tie_embeddings": True}, {"name": "lora", "train": ["embed_tokens"]}, {"pipeline": {"stages": 2}}),
+        # Nothing of the first stage is trained.
+        ({}, {"name": "lora", "targets": [r"layers\.1\."]}, {"pipeline": {"stages": 2}}),
     ],
 )
 def test_two_ranks_go_on_from_one_with_the_base_in_place(

@@ -51,13 +51,17 @@ def place_state(
     """Move the state of an optimizer; None where there is nothing to move.
 
     Call it when parameters hold their first weights, are sharded and on their device, before or after a state was
-    loaded. "host" beside parameters in host memory is what they have already: nothing is done.
+    loaded. "host" beside parameters in host memory is what they have already: nothing is done. Nor is there anything to
+    move on a stage of a pipeline of which nothing is trained.
 
     Raises:
         ConfigError: "nvme" without a usable folder.
         MemoryLimitError: the disk has not enough space.
     """
-    device = local_tensor(optimizer.param_groups[0]["params"][0]).device
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not parameters:
+        return None
+    device = local_tensor(parameters[0]).device
     if where == "device" or (where == "host" and device.type == "cpu"):
         return None
     if where == "host":

@@ -157,6 +157,8 @@ def weight_files(folder: Path) -> list[str]:
         return files
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
+    if not folder.is_dir():
+        raise ModelError(f"no model folder at {folder}", hint="give the path of a folder that holds config.json")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_ENDINGS)
     if pickles:
         raise ModelError(

@@ -213,7 +213,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
             for key, tensor in loaded[name].items():
                 own[key].copy_(tensor)
         for group in self.param_groups:
-            group["lr"] = settings[group["param_names"][0]]["lr"]
+            for name in group["param_names"][:1]:  # a stage of a pipeline may train nothing
+                group["lr"] = settings[name]["lr"]
         self.steps = int(state.get("steps", 0))
 
     def _named(self) -> Iterator[tuple[Group, str, Tensor]]:

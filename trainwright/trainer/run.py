@@ -216,7 +216,7 @@ class Run:
     def load_engine(self, state: StateDict) -> None:
         """The engine's part of a saved state, into an engine whose frozen weights are in place."""
         engine = state["engine"]
-        frozen = self._of_base(self.engine.state_dict()["model"])
+        frozen = self._of_base(self.engine.model.state_dict())
         self.engine.load_state_dict({**engine, "model": {**engine["model"], **frozen}})
 
     def _of_base(self, state: StateDict) -> StateDict:

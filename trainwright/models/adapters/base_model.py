@@ -38,10 +38,13 @@ class BaseModel:
         """The base at `folder` as it is now; reads every weight file once.
 
         Raises:
-            ModelError: the folder holds no safetensors.
+            ModelError: the folder holds no safetensors, or one that cannot be read.
         """
         path = Path(folder).resolve()
-        return cls(str(path), {name: _hash_of(path / name) for name in weight_files(path)}, seed)
+        try:
+            return cls(str(path), {name: _hash_of(path / name) for name in weight_files(path)}, seed)
+        except OSError as error:
+            raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def to_fields(self) -> dict[str, Any]:
         """JSON values, of which `BaseModel(**values)` makes an equal one."""
@@ -64,7 +67,8 @@ class BaseModel:
         """
         if not Path(self.folder).is_dir():
             raise ModelError(
-                f"the model that the adapters stand beside is not at {self.folder}", hint="put it back where it was"
+                f"the model that the adapters stand beside is not at {self.folder}",
+                hint="put it back where it was (resuming the run fetches a model of the hub again)",
             )
         changed = self.changed(BaseModel.read(self.folder, seed=self.seed))
         if changed is not None:
